@@ -1,0 +1,113 @@
+"""Token files in object storage (`s3://`, `gs://`, any fsspec URL): cached index, ranged reads of tokens."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import numpy
+
+from megatron.core.datasets.files import write_atomically
+from megatron.core.errors import DataError
+
+
+class S3Config(NamedTuple):
+    """Where a downloaded `.idx` is kept, and how much of a `.bin` one request fetches.
+
+    `path_to_idx_cache` None keeps the index in memory and downloads it in every process.
+    """
+
+    path_to_idx_cache: str | None
+    bin_chunk_nbytes: int = 256 * 1024 * 1024
+
+
+def is_object_storage_path(path: str) -> bool:
+    """True for `scheme://...`, which is read through fsspec, false for a path of the local file system."""
+    return "://" in path
+
+
+def is_s3_path(path: str) -> bool:
+    """True for `s3://...`."""
+    return path.startswith("s3://")
+
+
+def parse_s3_path(path: str) -> tuple[str, str]:
+    """Split `s3://bucket/key` into bucket and key."""
+    if not is_s3_path(path):
+        raise DataError(path, "is not an S3 path", "write s3://bucket/key")
+    bucket, _, key = path[len("s3://") :].partition("/")
+    return bucket, key
+
+
+def open_filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system that serves a URL, and the path inside it."""
+    try:
+        import fsspec
+    except ImportError as error:
+        raise DataError(path, "object storage needs the package fsspec", "pip install fsspec") from error
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            path, f"no fsspec driver serves this URL ({error})", "pip install s3fs (s3://) or gcsfs (gs://)"
+        ) from error
+
+
+def object_exists(path: str) -> bool:
+    """Whether the URL names an object."""
+    filesystem, inner = open_filesystem(path)
+    return bool(filesystem.exists(inner))
+
+
+def object_size_bytes(path: str) -> int:
+    """Size of the object that the URL names."""
+    filesystem, inner = open_filesystem(path)
+    return int(filesystem.size(inner))
+
+
+def maybe_download_file(s3_path: str, local_path: str) -> None:
+    """Copy an object to a local file, unless a file of the same size is there."""
+    filesystem, inner = open_filesystem(s3_path)
+    if os.path.exists(local_path) and os.path.getsize(local_path) == int(filesystem.size(inner)):
+        return
+    os.makedirs(os.path.dirname(local_path) or ".", exist_ok=True)
+    write_atomically(local_path, lambda stream: filesystem.get_file(inner, stream))
+
+
+def local_index_path(url: str, config: S3Config) -> str:
+    """The cache file of a remote index: bucket and key below the cache directory, so equal base names differ."""
+    assert config.path_to_idx_cache is not None, "only called with an index cache directory"
+    return os.path.join(config.path_to_idx_cache, url.partition("://")[2].lstrip("/"))
+
+
+def read_object(url: str) -> numpy.ndarray:
+    """The whole object as uint8."""
+    filesystem, inner = open_filesystem(url)
+    return numpy.frombuffer(filesystem.cat_file(inner), dtype=numpy.uint8)
+
+
+class ObjectBinReader:
+    """Reads ranges of one object in aligned blocks and keeps the last block.
+
+    A request that crosses the end of its block extends that block, so every read costs at most one request.
+    """
+
+    def __init__(self, url: str, chunk_bytes: int) -> None:
+        self._filesystem, self._path = open_filesystem(url)
+        self._url = url
+        self._chunk_bytes = chunk_bytes
+        self._start = 0
+        self._block = b""
+
+    def read(self, dtype: numpy.dtype, count: int, offset: int) -> numpy.ndarray:
+        """`count` items of `dtype` from byte `offset`."""
+        end = offset + count * dtype.itemsize
+        if offset < self._start or end > self._start + len(self._block):
+            start = offset // self._chunk_bytes * self._chunk_bytes
+            self._block = self._filesystem.cat_file(
+                self._path, start=start, end=max(start + self._chunk_bytes, end)
+            )
+            self._start = start
+        if end > self._start + len(self._block):
+            raise DataError(self._url, f"ends before byte {end}", "upload the .bin that belongs to its .idx")
+        return numpy.frombuffer(self._block, dtype=dtype, count=count, offset=offset - self._start)
