@@ -38,3 +38,7 @@ class CheckpointError(MegatronError):
 
 class DataError(MegatronError):
     """A data, index or vocabulary file is missing, damaged or foreign; `subject` names it."""
+
+
+class InvariantError(ConfigError, AssertionError):
+    """A ConfigError where v0.9 asserts, so that callers who catch AssertionError there keep working."""
