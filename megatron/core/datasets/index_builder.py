@@ -12,8 +12,8 @@ import numpy
 
 from megatron.core.errors import DataError
 
-# Rows written per step: bounds the temporaries of an index of any size to a few tens of MiB.
-_CHUNK = 1 << 21
+# Documents (and on average rows) per step: few enough that temporaries stay in the cache and in mapped memory.
+_CHUNK = 1 << 17
 
 
 def count_samples(tokens: int, seq_length: int, drop_last: bool, add_extra: int) -> int:
@@ -48,28 +48,50 @@ def build_sample_idx(
         )
     samples = count_samples(tokens, seq_length, drop_last, add_extra)
     index = numpy.zeros((samples + 1, 2), dtype=numpy.int64)
-    ends = numpy.cumsum(sizes[doc_idx], dtype=numpy.int64)
-    total = int(ends[-1])
-    # Rows up to here end on a token that exists; without drop_last one more ends with the stream.
-    whole = min(samples, (total - add_extra) // seq_length)
-    if samples > whole + 1:
+    row = 1
+    read = 0
+    chunk = max(1, min(_CHUNK, _CHUNK * doc_idx.size // max(samples, 1)))
+    for first in range(0, doc_idx.size, chunk):
+        lengths = sizes[doc_idx[first : first + chunk]]
+        ends = numpy.cumsum(lengths, dtype=numpy.int64)
+        ends += read
+        read = int(ends[-1])
+        stop = min((read - add_extra) // seq_length, samples) + 1
+        if stop > row:
+            begins = numpy.arange(row, stop, dtype=numpy.int64) * seq_length
+            documents = numpy.searchsorted(ends, begins + (add_extra - 1), side="right")
+            index[row:stop, 0] = documents + first
+            index[row:stop, 1] = begins - ends[documents] + lengths[documents]
+            row = stop
+    if row == samples:  # without drop_last the final row may end with the stream instead of on a token
+        index[row] = doc_idx.size - 1, int(sizes[doc_idx[-1]]) - add_extra
+    elif row < samples:
         raise DataError(
             "sample index",
-            f"{samples} samples of {seq_length} tokens were asked of {total} tokens",
+            f"{samples} samples of {seq_length} tokens were asked of {read} tokens",
             "the lengths in the index do not add up to tokens_per_epoch: rebuild the .idx",
         )
-    # rows_before[i]: rows whose last token lies before the end of document i.
-    rows_before = numpy.clip((ends - add_extra) // seq_length, 0, whole)
-    starts = ends - sizes[doc_idx]
-    for first in range(1, whole + 1, _CHUNK):
-        last = min(first + _CHUNK - 1, whole)
-        low = int(numpy.searchsorted(rows_before, first))
-        high = int(numpy.searchsorted(rows_before, last)) + 1
-        bounds = numpy.clip(rows_before[low:high], first - 1, last)
-        rows = numpy.diff(bounds, prepend=first - 1)
-        index[first : last + 1, 0] = numpy.repeat(numpy.arange(low, high), rows)
-        index[first : last + 1, 1] = numpy.arange(first, last + 1) * seq_length
-        index[first : last + 1, 1] -= numpy.repeat(starts[low:high], rows)
-    if samples > whole:
-        index[samples] = doc_idx.size - 1, int(sizes[doc_idx[-1]]) - add_extra
     return index
+
+
+def blend_datasets(
+    weights: numpy.ndarray, size: int, limits: numpy.ndarray | None = None
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Which dataset each of `size` samples comes from (int16), and which of its samples it is (int64).
+
+    Step s takes the dataset that lags furthest behind its share: the largest weight * max(s, 1) - taken, the
+    lowest number among equals. weights float64 [n]; with `limits` int64 [n] a dataset is passed over once that
+    many of its samples are taken.
+    """
+    dataset_index = numpy.zeros(size, dtype=numpy.int16)
+    sample_index = numpy.zeros(size, dtype=numpy.int64)
+    taken = numpy.zeros(weights.size, dtype=numpy.int64)
+    for step in range(size):
+        lag = weights * float(max(step, 1)) - taken
+        if limits is not None:
+            lag[taken >= limits] = -numpy.inf
+        chosen = int(numpy.argmax(lag))
+        dataset_index[step] = chosen
+        sample_index[step] = taken[chosen]
+        taken[chosen] += 1
+    return dataset_index, sample_index

@@ -22,9 +22,9 @@ import torch
 
 from megatron.core.datasets import utils_s3
 from megatron.core.datasets.files import map_readonly, write_atomically
-from megatron.core.datasets.utils import log_rank_0
 from megatron.core.datasets.utils_s3 import S3Config, is_object_storage_path
 from megatron.core.errors import DataError
+from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ class IndexedDataset(torch.utils.data.Dataset):
                 f"One or both of the .idx and .bin files cannot be found at the path prefix {path_prefix}",
                 "give the path without the .bin or .idx ending, for instance data/my_text_document",
             )
-        log_rank_0(logger, logging.INFO, f"Load the _IndexReader from {idx_path}")
+        log_single_rank(logger, logging.INFO, f"Load the _IndexReader from {idx_path}")
         self.bin_reader: _BinReader
         if is_object_storage_path(path_prefix):
             config = s3_config if s3_config is not None else S3Config(path_to_idx_cache=None)
@@ -229,8 +229,10 @@ class IndexedDataset(torch.utils.data.Dataset):
             bin_bytes = os.path.getsize(bin_path)
             self.bin_reader = _MMapBinReader(bin_path) if mmap else _FileBinReader(bin_path)
         self.index = _Index(idx_path, content, bin_bytes, multimodal)
-        log_rank_0(logger, logging.INFO, f"> total number of sequences: {len(self)}")
-        log_rank_0(logger, logging.INFO, f"> total number of documents: {self.document_indices.size - 1}")
+        log_single_rank(logger, logging.INFO, f"> total number of sequences: {len(self)}")
+        log_single_rank(
+            logger, logging.INFO, f"> total number of documents: {self.document_indices.size - 1}"
+        )
 
     @staticmethod
     def _fetch_index(url: str, config: S3Config) -> numpy.ndarray:

@@ -1,14 +1,12 @@
-"""Small facts shared by the dataset modules: splits, weights, path lists, logging."""
+"""Small facts shared by the dataset modules: splits, weights, path lists."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from enum import Enum
 
 import numpy
-import torch
 
 from megatron.core.errors import ConfigError
 
@@ -19,12 +17,6 @@ class Split(Enum):
     train = 0
     valid = 1
     test = 2
-
-
-def log_rank_0(logger: logging.Logger, level: int, message: str) -> None:
-    """Log on global rank 0, or in a process that has no process group."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        logger.log(level, message)
 
 
 def compile_helpers() -> None:
