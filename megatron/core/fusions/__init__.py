@@ -1,0 +1,1 @@
+"""Operations with several implementations; each file defines the eager reference first."""

@@ -1,0 +1,88 @@
+"""SwiGLU with an optional bias: silu(first half) * second half (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron.core.kernels.registry import register
+
+
+def swiglu(y: Tensor) -> Tensor:
+    """Eager reference. y [..., 2f] = (gate, up) -> silu(gate) * up [..., f]."""
+    gate, up = torch.chunk(y, 2, -1)
+    return F.silu(gate) * up
+
+
+def bias_swiglu(y: Tensor, bias: Tensor) -> Tensor:
+    """swiglu(y + bias): y [..., 2f], bias [2f] -> [..., f]."""
+    return swiglu(y + bias)
+
+
+def swiglu_back(g: Tensor, y: Tensor) -> Tensor:
+    """Gradient of `swiglu`: g [..., f], y [..., 2f] -> [..., 2f]."""
+    gate, up = torch.chunk(y, 2, -1)
+    grad = torch.empty_like(y)
+    grad_gate, grad_up = torch.chunk(grad, 2, -1)
+    torch.mul(g, F.silu(gate), out=grad_up)
+    grad_gate.copy_(torch.ops.aten.silu_backward(g * up, gate))
+    return grad
+
+
+def bias_swiglu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """Gradient of `bias_swiglu` with respect to y: g [..., f], y [..., 2f], bias [2f] -> [..., 2f]."""
+    return swiglu_back(g, y + bias)
+
+
+def _stored(input: Tensor, fp8_input_store: bool) -> Tensor:
+    return input.to(torch.float8_e4m3fn) if fp8_input_store else input
+
+
+class BiasSwiGLUFunction(torch.autograd.Function):
+    """`bias_swiglu` saving only its inputs, the first one optionally in fp8."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor, fp8_input_store: bool) -> Tensor:
+        """input [..., 2f], bias [2f] -> [..., f]."""
+        ctx.save_for_backward(_stored(input, fp8_input_store), bias)
+        ctx.dtype = input.dtype
+        return bias_swiglu(input, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        """grad_output [..., f] -> gradients of input [..., 2f] and bias [2f]."""
+        input, bias = ctx.saved_tensors
+        grad = bias_swiglu_back(grad_output, input.to(ctx.dtype), bias)
+        return grad, grad.reshape(-1, grad.shape[-1]).sum(0), None
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """`swiglu` saving only its input, optionally in fp8."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, fp8_input_store: bool) -> Tensor:
+        """input [..., 2f] -> [..., f]."""
+        ctx.save_for_backward(_stored(input, fp8_input_store))
+        ctx.dtype = input.dtype
+        return swiglu(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """grad_output [..., f] -> gradient of input [..., 2f]."""
+        (input,) = ctx.saved_tensors
+        return swiglu_back(grad_output, input.to(ctx.dtype)), None
+
+
+def bias_swiglu_impl(input: Tensor, bias: Tensor | None, fp8_input_store: bool = False) -> Tensor:
+    """silu(gate) * up of input + bias: input [..., 2f], bias [2f] or None -> [..., f]."""
+    if bias is None:
+        return SwiGLUFunction.apply(input, fp8_input_store)
+    return BiasSwiGLUFunction.apply(input, bias, fp8_input_store)
+
+
+@register("bias_swiglu", "torch", rank=0)
+def _load() -> Any:
+    return bias_swiglu_impl
