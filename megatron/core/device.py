@@ -103,3 +103,16 @@ def device_name() -> str:
 def is_half(dtype: torch.dtype) -> bool:
     """True for the two 16-bit floating types."""
     return dtype in (torch.float16, torch.bfloat16)
+
+
+def start_external_profiler() -> None:
+    """Open the capture range of an attached profiler (nsys) and annotate operators for it."""
+    if available():
+        torch.cuda.cudart().cudaProfilerStart()
+        torch.autograd.profiler.emit_nvtx(record_shapes=True).__enter__()
+
+
+def stop_external_profiler() -> None:
+    """Close the capture range."""
+    if available():
+        torch.cuda.cudart().cudaProfilerStop()

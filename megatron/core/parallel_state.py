@@ -51,8 +51,6 @@ _STATE = _State()
 def set_current(collection: ProcessGroupCollection) -> None:
     """Make a collection the one that the accessors and new modules use."""
     _STATE.collection = collection
-    if _STATE.memory_buffer is None:
-        _STATE.memory_buffer = GlobalMemoryBuffer()
 
 
 def get_current() -> ProcessGroupCollection:
@@ -601,8 +599,9 @@ def get_pipeline_model_parallel_prev_rank() -> int | list[int]:
 
 
 def get_global_memory_buffer() -> GlobalMemoryBuffer:
-    """The pool of reusable communication buffers."""
-    assert _STATE.memory_buffer is not None, _NOT_READY.format("global memory buffer")
+    """The pool of reusable communication buffers, made on first use."""
+    if _STATE.memory_buffer is None:
+        _STATE.memory_buffer = GlobalMemoryBuffer()
     return _STATE.memory_buffer
 
 

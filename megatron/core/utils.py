@@ -31,8 +31,8 @@ _MOVED = {
     "make_sharded_object_for_checkpoint": "megatron.core.tensor_parallel.placement",
     "prepare_input_tensors_for_wgrad_compute": "megatron.core.tensor_parallel.linear",
     "drain_embedding_wgrad_compute": "megatron.core.tensor_parallel.linear",
-    "check_param_hashes_across_dp_replicas": "megatron.core.tensor_parallel.replicas",
-    "log_on_each_pipeline_stage": "megatron.core.tensor_parallel.replicas",
+    "check_param_hashes_across_dp_replicas": "megatron.core.replicas",
+    "log_on_each_pipeline_stage": "megatron.core.replicas",
     "StragglerDetector": "megatron.core.straggler",
 }
 
