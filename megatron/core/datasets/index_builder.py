@@ -7,10 +7,23 @@ replaced by closed forms over cumulative sums where these exist, and by lanes th
 from __future__ import annotations
 
 import math
+from array import array
+from bisect import bisect_left
 
 import numpy
 
 from megatron.core.errors import DataError
+
+# Documents with a longer sentence are left out of BERT and T5 samples.
+_MAX_SENTENCE_TOKENS = 512
+
+# Target lengths drawn at once.
+_DRAWS = 1 << 16
+
+# Blending walks many stretches of the sample order side by side. This many lags are computed per step, which keeps
+# them in the cache; stretches shorter than this many steps are not worth their overhead.
+_BLEND_CELLS = 1 << 16
+_BLEND_MIN_STEPS = 512
 
 # Documents (and on average rows) per step: few enough that temporaries stay in the cache and in mapped memory.
 _CHUNK = 1 << 17
@@ -82,16 +95,228 @@ def blend_datasets(
     Step s takes the dataset that lags furthest behind its share: the largest weight * max(s, 1) - taken, the
     lowest number among equals. weights float64 [n]; with `limits` int64 [n] a dataset is passed over once that
     many of its samples are taken.
+
+    The order is cut into lanes that walk at the same time, each from a guess of what was taken before it. A walk
+    forgets a wrong guess after a while, because the lags of a wrong state pull it back; so where a lane did end
+    elsewhere than the next one began, the next one walks again from there, until all agree. By induction over the
+    lanes the result is then that of one walk.
     """
-    dataset_index = numpy.zeros(size, dtype=numpy.int16)
-    sample_index = numpy.zeros(size, dtype=numpy.int64)
-    taken = numpy.zeros(weights.size, dtype=numpy.int64)
-    for step in range(size):
-        lag = weights * float(max(step, 1)) - taken
+    if size == 0:
+        return numpy.empty(0, dtype=numpy.int16), numpy.empty(0, dtype=numpy.int64)
+    steps = -(-size // max(1, min(_BLEND_CELLS // weights.size, size // _BLEND_MIN_STEPS)))
+    first_steps = numpy.arange(0, size, steps)
+    dataset_index = numpy.empty((first_steps.size, steps), dtype=numpy.int16)
+    sample_index = numpy.empty((first_steps.size, steps), dtype=numpy.int64)
+    begins = _expected_taken(weights, first_steps)
+    ends = numpy.empty_like(begins)
+    lanes = numpy.arange(first_steps.size)
+    while lanes.size:
+        taken = begins[:, lanes].copy()
+        chosen, numbers = _walk_blend(weights, first_steps[lanes], taken, steps, limits)
+        dataset_index[lanes], sample_index[lanes], ends[:, lanes] = chosen.T, numbers.T, taken
+        lanes = numpy.flatnonzero((ends[:, :-1] != begins[:, 1:]).any(axis=0)) + 1
+        begins[:, lanes] = ends[:, lanes - 1]
+    return dataset_index.reshape(-1)[:size], sample_index.reshape(-1)[:size]
+
+
+def _expected_taken(weights: numpy.ndarray, steps: numpy.ndarray) -> numpy.ndarray:
+    """About how many samples of each dataset precede each of `steps`: float64 [n, lanes], exact at step 0."""
+    shares = weights[:, None] * steps
+    taken = numpy.floor(shares)
+    by_remainder = numpy.argsort(numpy.argsort(taken - shares, axis=0, kind="stable"), axis=0)
+    return taken + (by_remainder < steps - taken.sum(axis=0))
+
+
+def _walk_blend(
+    weights: numpy.ndarray,
+    first_steps: numpy.ndarray,
+    taken: numpy.ndarray,
+    steps: int,
+    limits: numpy.ndarray | None,
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Walk lanes side by side: choices int16 and their numbers int64, both [steps, lanes]; updates `taken`."""
+    lanes = first_steps.size
+    chosen = numpy.empty((steps, lanes), dtype=numpy.int16)
+    numbers = numpy.empty((steps, lanes), dtype=numpy.int64)
+    lags = numpy.empty_like(taken)
+    lane, flat = numpy.arange(lanes), taken.reshape(-1)
+    for step in range(steps):
+        numpy.multiply(weights[:, None], numpy.maximum(first_steps + step, 1).astype(numpy.float64), out=lags)
+        lags -= taken
         if limits is not None:
-            lag[taken >= limits] = -numpy.inf
-        chosen = int(numpy.argmax(lag))
-        dataset_index[step] = chosen
-        sample_index[step] = taken[chosen]
-        taken[chosen] += 1
-    return dataset_index, sample_index
+            lags[taken >= limits[:, None]] = -numpy.inf
+        furthest = lags.argmax(axis=0)
+        chosen[step] = furthest
+        cells = furthest * lanes + lane
+        numbers[step] = counts = flat.take(cells)
+        flat.put(cells, counts + 1)
+    return chosen, numbers
+
+
+def build_mapping(
+    docs: numpy.ndarray,
+    sizes: numpy.ndarray,
+    num_epochs: int,
+    max_num_samples: int,
+    max_seq_length: int,
+    short_seq_prob: float,
+    seed: int,
+    min_num_sent: int,
+) -> numpy.ndarray:
+    """Sentence spans for BERT and T5: [rows, 3] of (first sentence, end sentence, target length), shuffled.
+
+    docs int64 [documents + 1] are boundaries in sentences, sizes int32 [sentences] in tokens. Sentences of a
+    document are joined until they reach the target, which is `max_seq_length` or, with the given probability, a
+    random shorter one. Whole epochs are made until there are `max_num_samples` rows. Documents of fewer than
+    `min_num_sent` sentences, or with a sentence above 512 tokens, are left out. dtype uint32, or uint64 for more
+    than 2^32 - 1 sentences.
+    """
+    if seed <= 0 or max_seq_length <= 1:
+        raise DataError(
+            "sentence index",
+            f"seed {seed} and target length {max_seq_length} must be above 0 and 1",
+            "set --seed and --seq-length accordingly",
+        )
+    firsts, ends = _usable_documents(docs, sizes, min_num_sent)
+    if firsts.size == 0 and max_num_samples > 0:
+        raise DataError(
+            "sentence index",
+            f"none of {docs.size - 1} documents has {min_num_sent} sentences of at most {_MAX_SENTENCE_TOKENS} tokens",
+            "preprocess with --split-sentences, or give the split a larger share",
+        )
+    dtype = numpy.uint64 if sizes.size > numpy.iinfo(numpy.uint32).max else numpy.uint32
+    rows = _walk_sentences(
+        firsts,
+        ends,
+        sizes,
+        num_epochs,
+        max_num_samples,
+        min_num_sent,
+        _Targets(max_seq_length, short_seq_prob, seed),
+    )
+    return rows.astype(dtype)[_shuffled_rows(rows.shape[0], seed + 1)]
+
+
+def _usable_documents(
+    docs: numpy.ndarray, sizes: numpy.ndarray, min_num_sent: int
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """First and end sentences of the documents that take part."""
+    firsts, ends = docs[:-1], docs[1:]
+    too_long = numpy.concatenate([[0], numpy.cumsum(sizes > _MAX_SENTENCE_TOKENS)])
+    sentences = ends - firsts
+    usable = (sentences >= max(min_num_sent, 1)) & ((sentences <= 1) | (too_long[ends] == too_long[firsts]))
+    return firsts[usable], ends[usable]
+
+
+class _Targets:
+    """The stream of target lengths: one 32-bit Mersenne Twister output each, none if all are the same."""
+
+    def __init__(self, max_seq_length: int, short_seq_prob: float, seed: int) -> None:
+        self.longest = max_seq_length
+        # Halves round away from zero, as in C.
+        self._ratio = 0 if short_seq_prob == 0 else math.floor(1.0 / short_seq_prob + 0.5)
+        self._random = numpy.random.RandomState(seed)
+
+    def draw(self, count: int) -> list[int]:
+        """The next `count` target lengths."""
+        if self._ratio == 0:
+            return [self.longest] * count
+        values = self._random.randint(0, 1 << 32, size=count, dtype=numpy.uint32).astype(numpy.int64)
+        return numpy.where(values % self._ratio == 0, 2 + values % (self.longest - 1), self.longest).tolist()
+
+
+def _walk_sentences(
+    firsts: numpy.ndarray,
+    ends: numpy.ndarray,
+    sizes: numpy.ndarray,
+    num_epochs: int,
+    max_num_samples: int,
+    min_num_sent: int,
+    targets: _Targets,
+) -> numpy.ndarray:
+    """The rows in document order, int64 [rows, 3].
+
+    A row ends at the first sentence that fulfils target and minimum, provided two or more sentences remain after
+    it, else at the end of the document. Each document draws one target, and each row one for its successor.
+    """
+    before = numpy.concatenate([[0], numpy.cumsum(sizes, dtype=numpy.int64)])
+    # Where a row of the longest target ends, for every sentence that it may begin with; other targets are rare.
+    longest_ends = memoryview(numpy.searchsorted(before, before[:-1] + targets.longest))
+    lengths_before = memoryview(before)
+    documents = list(zip(firsts.tolist(), ends.tolist()))
+    rows = array("q")
+    stream = iter(())
+    for _ in range(num_epochs):
+        if len(rows) >= 3 * max_num_samples:
+            break
+        for first, end in documents:
+            start = first
+            while start < end:
+                target = next(stream, 0)
+                if target == 0:
+                    stream = iter(targets.draw(_DRAWS))
+                    target = next(stream)
+                if target == targets.longest:
+                    stop = longest_ends[start]
+                else:
+                    stop = bisect_left(lengths_before, lengths_before[start] + target, start, end + 1)
+                stop = max(stop, start + min_num_sent, start + 1)
+                if stop > end - 2:
+                    stop = end
+                rows.extend((start, stop, target))
+                start = stop
+            # The draw that the document's last row makes for a successor it does not have.
+            if next(stream, 0) == 0:
+                stream = iter(targets.draw(_DRAWS))
+                next(stream)
+    return (
+        numpy.frombuffer(rows, dtype=numpy.int64).reshape(-1, 3)
+        if rows
+        else numpy.empty((0, 3), dtype=numpy.int64)
+    )
+
+
+def _shuffled_rows(count: int, seed: int) -> numpy.ndarray:
+    """The order that swapping i = count - 1 .. 1 with a 64-bit Mersenne Twister output modulo i + 1 leaves."""
+    order = numpy.arange(count, dtype=numpy.int64)
+    if count > 1:
+        places = memoryview(order)
+        partners = _mt19937_64(seed, count - 1) % numpy.arange(count, 1, -1, dtype=numpy.uint64)
+        for i, j in zip(range(count - 1, 0, -1), memoryview(partners)):
+            places[i], places[j] = places[j], places[i]
+    return order
+
+
+def _mt19937_64(seed: int, count: int) -> numpy.ndarray:
+    """`count` outputs of the 64-bit Mersenne Twister, which numpy does not have: uint64 [count].
+
+    M. Matsumoto and T. Nishimura, "Mersenne Twister" (1998); T. Nishimura, "Tables of 64-bit Mersenne Twisters"
+    (2000), the parameters of C++'s std::mt19937_64.
+    """
+    words, middle = 312, 156
+    state_words = [seed & 0xFFFFFFFFFFFFFFFF]
+    for i in range(1, words):
+        previous = state_words[-1]
+        state_words.append((6364136223846793005 * (previous ^ (previous >> 62)) + i) & 0xFFFFFFFFFFFFFFFF)
+    state = numpy.array(state_words, dtype=numpy.uint64)
+    upper, lower = numpy.uint64(0xFFFFFFFF80000000), numpy.uint64(0x7FFFFFFF)
+    matrix, one = numpy.uint64(0xB5026F5AA96619E9), numpy.uint64(1)
+
+    def mix(high: numpy.ndarray, low: numpy.ndarray) -> numpy.ndarray:
+        word = (high & upper) | (low & lower)
+        return (word >> one) ^ numpy.where(word & one, matrix, numpy.uint64(0))
+
+    outputs = numpy.empty(-(-count // words) * words, dtype=numpy.uint64)
+    for start in range(0, count, words):
+        # Word i of the new state needs words i and i + 1 of the old one and word i + 156, old in the first half.
+        mixed = mix(state[:-1], state[1:])
+        new = outputs[start : start + words]
+        new[:middle] = state[middle:] ^ mixed[:middle]
+        new[middle:-1] = new[: middle - 1] ^ mixed[middle:]
+        new[-1:] = new[middle - 1 : middle] ^ mix(state[-1:], new[:1])
+        state = new.copy()
+    outputs ^= (outputs >> numpy.uint64(29)) & numpy.uint64(0x5555555555555555)
+    outputs ^= (outputs << numpy.uint64(17)) & numpy.uint64(0x71D67FFFEDA60000)
+    outputs ^= (outputs << numpy.uint64(37)) & numpy.uint64(0xFFF7EEE000000000)
+    outputs ^= outputs >> numpy.uint64(43)
+    return outputs[:count]
