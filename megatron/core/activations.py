@@ -15,3 +15,8 @@ def squared_relu(x: Tensor) -> Tensor:
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), any shape: the logistic approximation of GELU (Hendrycks and Gimpel 2016)."""
     return x * torch.sigmoid(1.702 * x)
+
+
+def openai_gelu(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, any shape: the form GPT-2 was trained with."""
+    return F.gelu(x, approximate="tanh")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron.core.activations import squared_relu
+from megatron.core.activations import openai_gelu, squared_relu
 from megatron.core.flags import Rule, check_config, computed, flag, from_args, rule
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.utils import init_method_normal, scaled_init_method_normal
@@ -21,14 +21,16 @@ RULES: list[Rule] = []
 def _activation(args: Any) -> Callable:
     if args.swiglu:
         return F.silu
-    return squared_relu if args.squared_relu else F.gelu
+    if args.squared_relu:
+        return squared_relu
+    return openai_gelu if args.openai_gelu else F.gelu
 
 
 def _bias_activation_fusion(args: Any) -> bool:
     """The fused bias+activation exists for GELU and SwiGLU only, so a default of "fused" does not bind others."""
     if args.swiglu:
         return args.bias_swiglu_fusion
-    return args.bias_gelu_fusion and not args.squared_relu
+    return args.bias_gelu_fusion and not args.squared_relu and not args.openai_gelu
 
 
 @dataclass
@@ -66,7 +68,7 @@ class TransformerConfig(ModelParallelConfig):
     fp32_residual_connection: bool = flag(
         False, group="mixed precision", help="Keep the residual stream in fp32.")
     apply_residual_connection_post_layernorm: bool = flag(
-        False, group="network size", status="noop", reason="only v0.9's legacy models read it",
+        False, group="network size",
         help="Take the residual from the output of the layer norm, as the original BERT does.")
     layernorm_epsilon: float = flag(
         1e-5, on="--norm-epsilon", dest="norm_epsilon", group="network size",
@@ -198,6 +200,7 @@ class TransformerConfig(ModelParallelConfig):
     use_flash_attn: bool = flag(
         False, group="training", status="gpu", kw_only=True,
         help="Demand the flash-attn package for attention; without the flag it is used where it fits.")
+    standalone_embedding_stage: bool = from_args("standalone_embedding_stage", False)
     # fmt: on
 
     def __post_init__(self) -> None:

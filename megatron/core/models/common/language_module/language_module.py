@@ -1,0 +1,132 @@
+"""What language models share: the loss, the tied output weight and its copies on other stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.placement import make_tp_sharded_tensor_for_checkpoint
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class LanguageModule(MegatronModule):
+    """Base of GPT, BERT and T5.
+
+    A subclass sets `pre_process` (holds an embedding), `post_process` (holds the output layer),
+    `share_embeddings_and_output_weights`, `embedding` and `output_layer` before it calls
+    `setup_embeddings_and_output_layer`.
+    """
+
+    pre_process: bool
+    post_process: bool
+    share_embeddings_and_output_weights: bool
+    embedding: Any
+    output_layer: Any
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: Any = None) -> None:
+        super().__init__(config)
+        self.pg_collection = pg_collection
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy per token: labels [b, s], logits [s, b, v/tp] -> fp32 [b, s]."""
+        labels = labels.transpose(0, 1).contiguous()
+        if self.config.cross_entropy_loss_fusion:
+            loss = fused_vocab_parallel_cross_entropy(logits, labels)
+        else:
+            loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels)
+        return loss.transpose(0, 1).contiguous()
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """Mark embedding and output weights and, across stages, make the copies of a tied weight equal.
+
+        The first stage owns the tied weight. Every other stage that holds a copy (the last; for encoder-decoder models also
+        the first decoder stage) starts it at zero, and one sum over the embedding group (all its ranks must call) gives all
+        the owner's values. Copies are marked `shared`, so that norms count the weight once.
+        """
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
+        if self.post_process and self.output_layer.weight is not None:
+            self.output_layer.weight.is_embedding_or_output_parameter = True
+        groups = parallel_state.resolve(self.pg_collection)
+        stages = groups.size("pp")
+        if stages > 1:
+            self._share_position_embeddings()
+        if not self.share_embeddings_and_output_weights:
+            return
+        weight = self.shared_embedding_or_output_weight()
+        if weight is None:
+            return
+        if stages == 1:
+            # Two layers of this stage add to one gradient: a fused wgrad kernel must not overwrite it.
+            weight.zero_out_wgrad = True
+            return
+        weight.shared_embedding = True
+        if groups.rank("pp") > 0:
+            weight.data.zero_()
+            weight.shared = True
+        if torch.distributed.is_initialized() and parallel_state.is_rank_in_embedding_group():
+            torch.distributed.all_reduce(weight.data, group=groups.embd)
+
+    def _share_position_embeddings(self) -> None:
+        """Give the position embeddings of a decoder with stages of its own the values of the encoder's."""
+        groups = parallel_state.resolve(self.pg_collection)
+        group = groups.pos_embd
+        table = getattr(self.embedding, "position_embeddings", None) if self.pre_process else None
+        if table is None or group is None or group.size() < 2:
+            return
+        if groups.rank("pp") > 0:
+            table.weight.data.zero_()
+            table.weight.shared = True
+        torch.distributed.all_reduce(table.weight.data, group=group)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight [v/tp, h] on the stages that hold it: the embedding's, or the output layer's copy."""
+        if self.pre_process:
+            return self.embedding.word_embeddings.weight
+        if self.post_process:
+            return self.output_layer.weight
+        return None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """As every module's; output weight and bias may be padded differently in the file, like the vocabulary."""
+        if sharded_offsets:
+            raise ValueError("a whole model has no stacked axes; sharded_offsets must be empty")
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        embedding_key = f"{prefix}embedding.word_embeddings.weight"
+        weight_key = f"{prefix}output_layer.weight"
+        bias_key = f"{prefix}output_layer.bias"
+        if self.share_embeddings_and_output_weights:
+            self.tie_embeddings_and_output_weights_state_dict(sharded, weight_key, embedding_key)
+        elif self.post_process:
+            sharded[weight_key].allow_shape_mismatch = True
+        if self.post_process and bias_key in sharded:
+            sharded[bias_key].allow_shape_mismatch = True
+        return sharded
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self,
+        sharded_state_dict: ShardedStateDict,
+        output_layer_weight_key: str,
+        first_stage_word_emb_key: str,
+    ) -> None:
+        """Describe the last stage's copy of a tied weight as a replica of the first stage's: never written, read from it."""
+        if not self.post_process or self.pre_process:
+            if output_layer_weight_key in sharded_state_dict:
+                raise ValueError(f"{output_layer_weight_key} exists beside the embedding it is tied to")
+            return
+        del sharded_state_dict[output_layer_weight_key]
+        replica = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=replica,
+            allow_shape_mismatch=True,
+        )

@@ -1,0 +1,69 @@
+"""Which parts a GPT layer is made of."""
+
+from __future__ import annotations
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+#: In distributed checkpoints norms carry the names they have when fused into the next linear layer.
+FUSED_NORM_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+def get_gpt_layer_local_spec(
+    num_experts: int | None = None, moe_grouped_gemm: bool = False, qk_layernorm: bool = False
+) -> ModuleSpec:
+    """A GPT layer of this library's own modules, with a dense MLP or, given `num_experts`, a mixture of experts."""
+    head_norm = WrappedTorchLayerNorm if qk_layernorm else IdentityOp
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=WrappedTorchLayerNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=DotProductAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=WrappedTorchLayerNorm,
+            mlp=_mlp_spec(num_experts, moe_grouped_gemm),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(FUSED_NORM_NAMES),
+        ),
+    )
+
+
+def get_gpt_layer_with_transformer_engine_spec(
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool = False,
+    qk_layernorm: bool = False,
+    fp8: str | None = None,
+) -> ModuleSpec:
+    """A GPT layer for `--transformer-impl transformer_engine`; without that package the same layer of own modules.
+
+    Both compute the same and share distributed checkpoints. ValueError if fp8 is asked for: only the package has it.
+    """
+    if fp8 is not None:
+        raise ValueError(f"fp8={fp8!r} (--fp8-format) needs Transformer Engine; drop it to train in bf16")
+    return get_gpt_layer_local_spec(num_experts, moe_grouped_gemm, qk_layernorm)
+
+
+def _mlp_spec(num_experts: int | None, moe_grouped_gemm: bool) -> ModuleSpec:
+    dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(module=MLP, submodules=dense)
