@@ -14,7 +14,6 @@ import shutil
 import struct
 import tempfile
 from array import array
-from enum import Enum
 from typing import Any, BinaryIO, Protocol
 
 import numpy
@@ -22,6 +21,7 @@ import torch
 
 from megatron.core.datasets import utils_s3
 from megatron.core.datasets.files import map_readonly, write_atomically
+from megatron.core.datasets.token_types import DType
 from megatron.core.datasets.utils_s3 import S3Config, is_object_storage_path
 from megatron.core.errors import DataError
 from megatron.core.utils import log_single_rank
@@ -32,39 +32,6 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _REBUILD = "run tools/preprocess_data.py again, or copy both files again"
-
-
-class DType(Enum):
-    """Token types by their code in the index file."""
-
-    uint8 = 1
-    int8 = 2
-    int16 = 3
-    int32 = 4
-    int64 = 5
-    float64 = 6
-    float32 = 7
-    uint16 = 8
-
-    @classmethod
-    def code_from_dtype(cls, value: Any) -> int:
-        """The code of a numpy dtype; KeyError if the format has none."""
-        return cls[numpy.dtype(value).name].value
-
-    @classmethod
-    def dtype_from_code(cls, value: int) -> type[numpy.number]:
-        """The numpy type of a code; ValueError if there is none."""
-        return getattr(numpy, cls(value).name)
-
-    @staticmethod
-    def size(key: Any) -> int:
-        """Bytes per token, of a code or a dtype."""
-        return numpy.dtype(DType.dtype_from_code(key) if isinstance(key, int) else key).itemsize
-
-    @staticmethod
-    def optimal_dtype(cardinality: int | None) -> type[numpy.number]:
-        """uint16 for a vocabulary below 65500 ids, else int32. The bound is part of the format's convention."""
-        return numpy.uint16 if cardinality is not None and cardinality < 65500 else numpy.int32
 
 
 def get_idx_path(path_prefix: str) -> str:
