@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy
@@ -101,8 +102,7 @@ class BlendedMegatronDatasetBuilder:
                 continue
             blends.append(
                 build_in_turns(
-                    lambda split=split: self._build_blend(split, prefixes, weights, sizes_per_prefix, built),
-                    wanted,
+                    partial(self._build_blend, split, prefixes, weights, sizes_per_prefix, built), wanted
                 )
             )
         return blends

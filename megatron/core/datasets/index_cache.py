@@ -7,7 +7,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO
 
 import numpy
 
@@ -64,9 +65,7 @@ class IndexCache:
                     return self._load(check), False
                 with heartbeat(logger, lambda: f"still building {self.stem}"):
                     for name, values in build():
-                        write_atomically(
-                            self._path(f"{name}.npy"), lambda stream, v=values: numpy.save(stream, v)
-                        )
+                        write_atomically(self._path(f"{name}.npy"), partial(_save, values))
                         del values
                 self._write_text("fingerprint.json", json.dumps(self.fingerprint, indent=4))
                 # Last, because readers take it for the sign that all is there.
@@ -135,3 +134,7 @@ class IndexCache:
             return numpy.load(path, mmap_mode="r" if os.path.getsize(path) >= _MAP_FROM_BYTES else None)
         except (ValueError, EOFError) as error:
             raise DataError(path, f"is damaged ({error})", "delete it, it will be built again") from error
+
+
+def _save(values: numpy.ndarray, stream: BinaryIO) -> None:
+    numpy.save(stream, values)

@@ -143,9 +143,9 @@ class _FileBinReader:
         sequence = numpy.empty(count, dtype=dtype)
         with open(self._path, "rb", buffering=0) as stream:
             stream.seek(offset)
-            buffer = memoryview(sequence).cast("B") if count else memoryview(b"")
+            buffer = sequence.view(numpy.uint8)
             done = 0
-            while done < len(buffer):
+            while done < buffer.size:
                 got = stream.readinto(buffer[done:])
                 if not got:
                     raise DataError(
@@ -228,7 +228,7 @@ class IndexedDataset(torch.utils.data.Dataset):
             return sequences if self.index.modes is None else (sequences, self.index.modes[idx])
         if not isinstance(idx, int | numpy.integer):
             raise TypeError(f"Unexpected type received for idx: {type(idx)}")
-        return self.get(idx)
+        return self.get(int(idx))
 
     def get(self, idx: int, offset: int = 0, length: int | None = None) -> Any:
         """`length` tokens of sequence idx from token `offset`; to its end if length is None."""

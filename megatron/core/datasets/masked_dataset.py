@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -201,6 +202,10 @@ class MaskedWordPieceDataset(MegatronDataset):
         def weighted() -> int:
             return int(random.choice(sizes, p=weights))
 
+        def weighted_globally() -> int:
+            # The choice of n-grams to permute has always come from numpy's global generator.
+            return int(numpy.random.choice(sizes, p=weights))
+
         def geometric() -> int:
             return min(int(random.geometric(_GEOMETRIC_P)), int(sizes[-1]))
 
@@ -221,9 +226,7 @@ class MaskedWordPieceDataset(MegatronDataset):
         random.shuffle(ngrams)
         if self.config.masking_do_permutation:
             permuted: list[int] = []
-            # The choice of n-grams to permute has always come from numpy's global generator.
-            draw_global = lambda: int(numpy.random.choice(sizes, p=weights))  # noqa: E731
-            for positions in _choose_ngrams(ngrams, budget, used, draw_global):
+            for positions in _choose_ngrams(ngrams, budget, used, weighted_globally):
                 permuted.extend(positions)
             permuted.sort()
             sources = list(permuted)
@@ -261,10 +264,10 @@ def _choose_ngrams(
         if taken >= budget:
             return
         n = min(draw(), len(candidates))
-        positions = sum(candidates[n - 1], [])
+        positions = list(itertools.chain.from_iterable(candidates[n - 1]))
         while n > 1 and taken + len(positions) > budget:
             n -= 1
-            positions = sum(candidates[n - 1], [])
+            positions = list(itertools.chain.from_iterable(candidates[n - 1]))
         if taken + len(positions) > budget or not used.isdisjoint(positions):
             continue
         used.update(positions)
