@@ -1,0 +1,49 @@
+"""Where rules about several flags are listed, and how they are checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron.core.errors import FlagError
+from megatron.core.flags import Flag, Rule
+from megatron.core.kernels import capability
+from megatron.training.cli import MachineError
+from megatron.training.config.parser import all_flags
+
+#: Checked on what was given, before anything is derived from it.
+GIVEN: list[Rule] = []
+#: Checked on the finished arguments.
+DERIVED: list[Rule] = []
+#: Checked on the finished arguments of commands that train.
+TRAINING: list[Rule] = []
+
+
+def check(args: Any, rules: Iterable[Rule]) -> None:
+    """Raise FlagError for the first of `rules` that `args` break; rules about other kinds of machine are passed over."""
+    here = "cuda" if capability.probe().has_cuda else "cpu"
+    for candidate in rules:
+        if candidate.device in (None, here) and not candidate.holds(args):
+            raise candidate.error(args, FlagError if candidate.device is None else MachineError)
+
+
+def check_supported(args: Any) -> None:
+    """Raise FlagError if a flag of something this project does not have is away from its default."""
+    for flag in all_flags():
+        if flag.status == "unsupported" and getattr(args, flag.dest, flag.cli_default) != flag.cli_default:
+            raise FlagError(flag.spellings[0], f"not supported: {flag.reason}", "remove the flag")
+
+
+def _line(flag: Flag) -> str | None:
+    if flag.status in ("noop", "deprecated"):
+        return f"{flag.spellings[0]} {'has no effect' if flag.status == 'noop' else 'is deprecated'}: {flag.reason}"
+    if flag.status == "gpu" and not capability.probe().has_cuda:
+        return f"{flag.spellings[0]} has no effect: it needs a CUDA device"
+    return None
+
+
+def ignored_flags(args: Any) -> list[str]:
+    """One line for each flag the user typed that does nothing here, or has a better name."""
+    given = set(getattr(args, "args_given", ()))
+    lines = (_line(flag) for flag in all_flags() if flag.dest in given)
+    return [line for line in lines if line is not None]

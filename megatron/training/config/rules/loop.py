@@ -1,0 +1,220 @@
+"""Rules of commands that train: what the loop needs besides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.flags import rule
+from megatron.training.config.rules.base import TRAINING
+from megatron.training.config.rules.layout import layer_stages
+from megatron.training.config.rules.run import data_sources
+
+
+# fmt: off
+@rule(TRAINING, "--train-iters", "--train-samples", bad="-train-iters", why="the length of training is not given",
+      fix="give one of the two")
+def training_has_a_length(args: Any) -> bool:
+    return bool(args.train_iters or args.train_samples) or args.skip_train
+
+
+@rule(TRAINING, "--train-iters", bad="--train-iters -5", why="{a.train_iters} steps cannot be taken",
+      fix="give a positive number")
+def steps_are_positive(args: Any) -> bool:
+    return not args.train_iters or args.train_iters > 0
+
+
+@rule(TRAINING, "--train-samples", bad="-train-iters --train-samples -5",
+      why="{a.train_samples} samples cannot be trained on", fix="give a positive number")
+def samples_are_positive(args: Any) -> bool:
+    return not args.train_samples or args.train_samples > 0
+
+
+@rule(TRAINING, "--lr", bad="-lr", why="the learning rate is not given", fix="give --lr")
+def learning_rate_given(args: Any) -> bool:
+    return args.lr is not None or args.skip_train
+
+
+@rule(TRAINING, "--lr", bad="--lr -1e-3", why="a learning rate of {a.lr} climbs the loss", fix="give 0 or more")
+def learning_rate_descends(args: Any) -> bool:
+    return args.lr is None or args.lr >= 0
+
+
+@rule(TRAINING, "--min-lr", bad="--min-lr -1e-3", why="a learning rate of {a.min_lr} climbs the loss",
+      fix="give 0 or more")
+def smallest_learning_rate_descends(args: Any) -> bool:
+    return args.min_lr >= 0
+
+
+@rule(TRAINING, "--lr-warmup-init", "--lr", bad="--lr-warmup-init 1.0",
+      why="warm-up would start at {a.lr_warmup_init}, above the peak {a.lr}", fix="lower --lr-warmup-init")
+def warm_up_rises(args: Any) -> bool:
+    return args.lr is None or 0 <= args.lr_warmup_init <= args.lr
+
+
+@rule(TRAINING, "--lr-warmup-fraction", bad="--lr-warmup-fraction 1.5",
+      why="{a.lr_warmup_fraction} is not a share of the decay", fix="give a value from 0 to 1, 1 excluded")
+def warm_up_is_a_share(args: Any) -> bool:
+    return args.lr_warmup_fraction is None or 0 <= args.lr_warmup_fraction < 1
+
+
+@rule(TRAINING, "--lr-warmup-iters", "--lr-decay-iters", bad="--lr-warmup-iters 10",
+      why="a warm-up of {a.lr_warmup_iters} steps leaves no step for the decay", fix="shorten the warm-up")
+def warm_up_ends(args: Any) -> bool:
+    steps = args.lr_decay_iters or args.train_iters
+    return not (steps and args.train_iters) or args.lr_warmup_iters < steps
+
+
+@rule(TRAINING, "--lr-decay-style", "--lr-wsd-decay-iters", bad="--lr-decay-style WSD",
+      why="the length of the last phase of WSD is not given",
+      fix="give --lr-wsd-decay-iters, or --lr-wsd-decay-samples where training is counted in samples")
+def wsd_has_a_last_phase(args: Any) -> bool:
+    phase = args.lr_wsd_decay_iters if args.train_iters else args.lr_wsd_decay_samples
+    return args.lr_decay_style != "WSD" or phase is not None
+
+
+@rule(TRAINING, "--global-batch-size", "--micro-batch-size",
+      bad="--global-batch-size 9 --micro-batch-size 2",
+      why="{a.global_batch_size} samples cannot be cut into micro batches of {a.micro_batch_size} on each of "
+          "{a.data_parallel_size} replicas",
+      fix="make it a multiple of micro batch x replicas, or add --decrease-batch-size-if-needed")
+def micro_batches_divide_the_batch(args: Any) -> bool:
+    if args.decrease_batch_size_if_needed:
+        return args.global_batch_size >= args.micro_batch_size * args.data_parallel_size
+    return args.global_batch_size % (args.micro_batch_size * args.data_parallel_size) == 0
+
+
+@rule(TRAINING, "--rampup-batch-size", bad="-train-iters --train-samples 100 --rampup-batch-size 8 8",
+      why="it takes three numbers: start, increment and samples", fix="give all three")
+def ramp_up_has_three_numbers(args: Any) -> bool:
+    ramp = args.rampup_batch_size
+    return ramp is None or (len(ramp) == 3 and all(str(item).isdigit() for item in ramp))
+
+
+@rule(TRAINING, "--rampup-batch-size", "--global-batch-size",
+      bad="-train-iters --train-samples 100 --rampup-batch-size 8 5 50 --global-batch-size 16",
+      why="steps of {a.rampup_batch_size[1]} do not lead from {a.rampup_batch_size[0]} to {a.global_batch_size}",
+      fix="choose an increment that divides the difference")
+def ramp_up_arrives(args: Any) -> bool:
+    if args.rampup_batch_size is None:
+        return True
+    start, increment, samples = map(int, args.rampup_batch_size)
+    rise = args.global_batch_size - start
+    return start > 0 and increment > 0 and samples > 0 and rise > 0 and rise % increment == 0
+
+
+@rule(TRAINING, "--mock-data", "--data-path", bad="-mock-data", why="there is nothing to train on",
+      fix="give a dataset's prefix as --data-path, or try things out with --mock-data")
+def data_given(args: Any) -> bool:
+    return data_sources(args) == 1 or args.dataloader_type == "external"
+
+
+@rule(TRAINING, "--num-layers", "--pipeline-model-parallel-size", bad="--num-layers 5 --pipeline-model-parallel-size 2",
+      why="the layers cannot be divided evenly over the stages",
+      fix="choose another number, or give --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers")
+def layers_divide_over_stages(args: Any) -> bool:
+    uneven = args.decoder_first_pipeline_num_layers is not None or args.decoder_last_pipeline_num_layers is not None
+    return uneven or args.num_layers % layer_stages(args) == 0
+
+
+@rule(TRAINING, "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
+      "--pipeline-model-parallel-size",
+      bad="--num-layers 6 --pipeline-model-parallel-size 4 --decoder-first-pipeline-num-layers 1",
+      why="what the first and last stage leave cannot be divided evenly over the other stages",
+      fix="choose other numbers for the two stages")
+def uneven_layers_divide(args: Any) -> bool:
+    ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
+    given = [layers for layers in ends if layers is not None]
+    middle = args.pipeline_model_parallel_size - len(given)
+    rest = args.num_layers - sum(given)
+    return not given or (min(given) >= 0 and (rest == 0 if middle <= 0 else rest >= 0 and rest % middle == 0))
+
+
+@rule(TRAINING, "--eval-interval", bad="--eval-interval 0", why="evaluations every {a.eval_interval} steps never come",
+      fix="give 1 or more; --eval-iters 0 switches evaluation off")
+def evaluation_interval_is_positive(args: Any) -> bool:
+    return args.eval_interval is None or args.eval_interval > 0
+
+
+@rule(TRAINING, "--eval-iters", bad="--eval-iters -1", why="{a.eval_iters} batches cannot be evaluated",
+      fix="give 0 or more")
+def evaluation_is_counted(args: Any) -> bool:
+    return args.eval_iters >= 0
+
+
+@rule(TRAINING, "--log-interval", bad="--log-interval 0", why="log lines every {a.log_interval} steps never come",
+      fix="give 1 or more")
+def log_interval_is_positive(args: Any) -> bool:
+    return args.log_interval > 0
+
+
+@rule(TRAINING, "--tensorboard-log-interval", bad="--tensorboard-log-interval 0",
+      why="entries every {a.tensorboard_log_interval} steps never come", fix="give 1 or more")
+def tensorboard_interval_is_positive(args: Any) -> bool:
+    return args.tensorboard_log_interval > 0
+
+
+@rule(TRAINING, "--exit-interval", bad="--exit-interval 0", why="no step is divisible by {a.exit_interval}",
+      fix="give 1 or more")
+def exit_interval_is_positive(args: Any) -> bool:
+    return args.exit_interval is None or args.exit_interval > 0
+
+
+@rule(TRAINING, "--check-weight-hash-across-dp-replicas-interval",
+      bad="--check-weight-hash-across-dp-replicas-interval 0",
+      why="checks every {a.check_weight_hash_across_dp_replicas_interval} steps never come", fix="give 1 or more")
+def hash_interval_is_positive(args: Any) -> bool:
+    interval = args.check_weight_hash_across_dp_replicas_interval
+    return interval is None or interval > 0
+
+
+@rule(TRAINING, "--manual-gc-interval", bad="--manual-gc --manual-gc-interval -1",
+      why="{a.manual_gc_interval} is not a number of steps", fix="give 0 or more")
+def collection_interval_counts(args: Any) -> bool:
+    return not args.manual_gc or args.manual_gc_interval >= 0
+
+
+@rule(TRAINING, "--seed", bad="--seed 0", why="seed {a.seed} is not positive", fix="give a positive seed")
+def seed_is_positive(args: Any) -> bool:
+    return args.seed > 0
+
+
+@rule(TRAINING, "--init-method-std", bad="--init-method-std -0.1",
+      why="a standard deviation of {a.init_method_std} does not exist", fix="give 0 or more")
+def deviation_exists(args: Any) -> bool:
+    return args.init_method_std >= 0
+
+
+@rule(TRAINING, "--clip-grad", bad="--clip-grad -1", why="no gradient has a norm below {a.clip_grad}",
+      fix="give a positive norm, or 0 for no clipping")
+def clipping_norm_is_positive(args: Any) -> bool:
+    return args.clip_grad >= 0
+
+
+@rule(TRAINING, "--adam-beta1", "--adam-beta2", bad="--adam-beta2 1.0",
+      why="running means need decays from 0 up to 1, 1 excluded", fix="give such values")
+def adam_decays(args: Any) -> bool:
+    return 0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1
+
+
+@rule(TRAINING, "--weight-decay", bad="--weight-decay -0.1", why="a decay of {a.weight_decay} makes weights grow",
+      fix="give 0 or more")
+def weights_decay(args: Any) -> bool:
+    return args.weight_decay >= 0
+
+
+@rule(TRAINING, "--wandb-project", "--wandb-exp-name", bad="--wandb-project p", why="the run needs a name",
+      fix="give --wandb-exp-name")
+def wandb_run_has_a_name(args: Any) -> bool:
+    return not args.wandb_project or bool(args.wandb_exp_name)
+
+
+@rule(TRAINING, "--use-pytorch-profiler", "--tensorboard-dir", bad="--profile --use-pytorch-profiler",
+      why="the trace is written there", fix="give --tensorboard-dir")
+def trace_has_a_place(args: Any) -> bool:
+    return not (args.profile and args.use_pytorch_profiler) or args.tensorboard_dir is not None
+
+
+@rule(TRAINING, "--profile-step-start", "--profile-step-end", bad="--profile --profile-step-start 5 --profile-step-end 5",
+      why="no step lies between {a.profile_step_start} and {a.profile_step_end}", fix="end after the start")
+def profile_has_steps(args: Any) -> bool:
+    return not args.profile or args.profile_step_start < args.profile_step_end
