@@ -108,6 +108,8 @@ def plan_buffer(
         alone = sharded and position in own_bucket
         cursor = round_up(cursor, alignment)
         if alone and members:
+            # v0.9 counts this bucket's filling as content, and checkpoints hold that many elements.
+            cursor = round_up(cursor, multiple)
             close()
         slots[position] = Slot(cursor, cursor + sizes[position], len(buckets))
         cursor += sizes[position]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.errors import CheckpointError
+from megatron.core.optimizer.distrib_checkpoint import read_parameter_state, write_parameter_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer, StepResult
 
 if TYPE_CHECKING:
@@ -163,8 +165,6 @@ class ChainedOptimizer(MegatronOptimizer):
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False, **kwargs: Any
     ) -> ShardedStateDict:
         """Per optimizer its own, with keys prefixed `chained_<i>.`."""
-        from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
-
         result: dict[Any, Any] = {}
         for index, optimizer in enumerate(self.chained_optimizers):
             part = optimizer.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
@@ -181,8 +181,6 @@ class ChainedOptimizer(MegatronOptimizer):
 
     def save_parameter_state(self, filename: str | Path) -> None:
         """Write all sharded states into one file: a list with None where another rank writes. All ranks must call."""
-        from megatron.core.optimizer.distrib_checkpoint import write_parameter_state
-
         states = [
             None if optimizer is None else optimizer.get_parameter_state_dp_zero()
             for optimizer in self._distributed()
@@ -192,8 +190,6 @@ class ChainedOptimizer(MegatronOptimizer):
 
     def load_parameter_state(self, filename: str | Path, *, update_legacy_format: bool = False) -> None:
         """Read what `save_parameter_state` wrote and spread it. All ranks must call."""
-        from megatron.core.optimizer.distrib_checkpoint import read_parameter_state
-
         states: Any = None
         for index, optimizer in enumerate(self._distributed()):
             if optimizer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.dist_checkpointing.agreement import together
+from megatron.core.dist_checkpointing.durable import save_file
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
@@ -19,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.dist_checkpointing.safe_load import load_file
 from megatron.core.distributed.buckets import BucketPlan
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import CheckpointError
@@ -33,15 +37,13 @@ SHARDING_TYPES = ("fully_sharded_model_space", "fully_sharded_bucket_space", "dp
 
 def write_parameter_state(state: Any, filename: str | Path) -> None:
     """Write a parameter state file: to a temporary name, flushed, then renamed."""
-    from megatron.core.dist_checkpointing.durable import save_torch_file
-
-    save_torch_file(state, filename)
+    partial = f"{filename}.partial"
+    save_file(state, partial)
+    os.replace(partial, filename)
 
 
 def read_parameter_state(filename: str | Path) -> Any:
     """Read a parameter state file, refusing everything but plain data."""
-    from megatron.core.dist_checkpointing.safe_load import load_file
-
     return load_file(filename)
 
 
@@ -157,12 +159,14 @@ class ParameterStateFormats:
     ) -> None:
         """Spread a gathered state (given on rank 0 of the group) over the ranks, whatever their number when it was made.
 
+        All ranks of the world must call.
         `update_legacy_format` allows files that hold a list of tensors per bucket and cuts them anew.
         """
         whole: dict[tuple[int, str], Tensor] = {}
-        if self.data_parallel_rank == 0:
-            assert state_dict is not None, "rank 0 of the data-parallel group must be given the state"
-            whole = self._whole_buffers(state_dict, update_legacy_format)
+        with together():
+            if self.data_parallel_rank == 0:
+                assert state_dict is not None, "rank 0 of the data-parallel group must be given the state"
+                whole = self._whole_buffers(state_dict, update_legacy_format)
         self._spread(whole)
 
     def load_parameter_state_from_dp_zero_legacy(self, state_dict: dict[Any, Any] | None) -> None:
