@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy
 
@@ -13,6 +12,7 @@ from megatron.training.preprocessing.documents import BadDocument, Texts, read_d
 from megatron.training.preprocessing.inputs import Chunk
 from megatron.training.preprocessing.sentences import SentenceSplitter, build_splitter
 from megatron.training.tokenizer import build_tokenizer
+from megatron.training.tokenizer.null import _NullTokenizer
 
 
 @dataclass
@@ -38,7 +38,6 @@ class EncodedChunk:
     lines: int
     characters: int
     bad: list[tuple[int, str]]
-    sentences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,6 @@ class EncoderSettings:
     append_eod: bool = False
     stop_at_bad: bool = True
     splitter: tuple[str, str, bool] | None = None
-    return_sentences: bool = False
 
 
 class Encoder:
@@ -61,6 +59,7 @@ class Encoder:
         self.settings = settings
         self.tokenizer = build_tokenizer(settings.tokenizer) if tokenizer is None else tokenizer
         self._encode_text = getattr(self.tokenizer, "encode_document", self._encode_by_list)
+        self._ids_may_exceed_vocabulary = isinstance(self.tokenizer, _NullTokenizer)
         self._splitter: SentenceSplitter | None = None
         if settings.splitter is not None:
             self._splitter = build_splitter(*settings.splitter)
@@ -84,27 +83,26 @@ class Encoder:
                 if self.settings.stop_at_bad:
                     break
                 continue
-            for key, (sentences, arrays) in enumerate(document):
+            for key, arrays in enumerate(document):
                 parts[key] += arrays
                 lengths[key] += map(len, arrays)
                 sequences[key].append(len(arrays))
                 if arrays and self._eod is not None:
                     parts[key].append(self._eod)
                     lengths[key][-1] += 1
-            if self.settings.return_sentences:
-                split = {key: sentences for key, (sentences, _) in zip(self.settings.keys, document)}
-                result.sentences.append(json.dumps(split))
         result.keys = [
             Encoded(self._join(part), numpy.array(length, numpy.int32), numpy.array(count, numpy.int32))
             for part, length, count in zip(parts, lengths, sequences)
         ]
         return result
 
-    def _document(self, texts: Texts) -> tuple[list[str], list[numpy.ndarray]]:
-        """The sentences of one document and the ids of those that have any."""
+    def _document(self, texts: Texts) -> list[numpy.ndarray]:
+        """The ids of each sentence of one document that has any."""
         if self._splitter is not None:
             if not isinstance(texts, str):
-                raise BadDocument("the text is a list already; drop --split-sentences to take its items as sentences")
+                raise BadDocument(
+                    "the text is a list already; drop --split-sentences to take its items as sentences"
+                )
             sentences = self._splitter(texts)
         else:
             sentences = [texts] if isinstance(texts, str) else texts
@@ -117,17 +115,19 @@ class Encoder:
         except (ValueError, OverflowError) as error:
             raise BadDocument(f"the tokenizer refuses the text: {error}") from error
         kept = [array for array in arrays if len(array)]
-        for array in kept:
-            self._check_range(array)
-        return sentences, kept
+        if self._ids_may_exceed_vocabulary:
+            for array in kept:
+                self._check_range(array)
+        return kept
 
     def _encode_by_list(self, text: str) -> numpy.ndarray:
         return numpy.array(self.tokenizer.tokenize(text), dtype=numpy.int64)
 
     def _check_range(self, ids: numpy.ndarray) -> None:
-        if self.settings.dtype.itemsize < 4 and ids.max() > numpy.iinfo(self.settings.dtype).max:
+        limits = numpy.iinfo(self.settings.dtype)
+        if ids.min() < limits.min or ids.max() > limits.max:
             raise BadDocument(
-                f"token id {ids.max()} does not fit the {self.settings.dtype} tokens of a vocabulary of "
+                f"token ids {ids.min()} to {ids.max()} do not fit the {self.settings.dtype} tokens of a vocabulary of "
                 f"{self.tokenizer.vocab_size}; raise --vocab-size or correct the text"
             )
 
