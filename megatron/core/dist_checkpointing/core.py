@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron.core.errors import CheckpointError
 
 CONFIG_FNAME = "metadata.json"
+COMMON_FNAME = "common.pt"
 
 # The name under which callers of the library catch errors of distributed checkpoints.
 CheckpointingException = CheckpointError

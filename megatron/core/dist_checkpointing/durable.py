@@ -85,6 +85,16 @@ class ChecksumWriter:
     def flush(self) -> None:
         """Nothing is buffered here."""
 
+    def save(self, obj: Any) -> None:
+        """torch.save `obj` here; a failed write is raised as the OSError it was."""
+        try:
+            torch.save(obj, self)
+        except (RuntimeError, SystemError):
+            # torch's archive writer reports a failed write as an error of its own.
+            if self.failure is None:
+                raise
+            raise self.failure from None
+
     def checksum(self) -> Checksum:
         """Of everything written so far."""
         return Checksum(self._size, self._crc32)
@@ -102,15 +112,21 @@ def save_file(obj: Any, path: str | Path) -> Checksum:
     with naming_path(path, "writing"):
         writer = ChecksumWriter(path)
         try:
-            torch.save(obj, writer)
-        except (RuntimeError, SystemError):
-            # torch's archive writer reports a failed write as an error of its own.
-            if writer.failure is None:
-                raise
-            raise writer.failure from None
+            writer.save(obj)
         finally:
             writer.close()
         return writer.checksum()
+
+
+def save_torch_file(obj: Any, path: str | Path) -> Checksum:
+    """As `save_file`, replacing an existing file in one step."""
+    path = Path(path)
+    staged = staging_path(path)
+    checksum = save_file(obj, staged)
+    with naming_path(path, "writing"):
+        os.replace(staged, path)
+        fsync_directory(path.parent)
+    return checksum
 
 
 def checksum_file(path: str | Path) -> Checksum:
@@ -127,7 +143,7 @@ def checksum_file(path: str | Path) -> Checksum:
 def write_text(path: str | Path, text: str) -> Checksum:
     """Replace the file by `text` in one step: readers see the old content or the new one, never a part."""
     path = Path(path)
-    staged = path.with_name(f".{path.name}{_STAGING_SUFFIX}")
+    staged = staging_path(path)
     with naming_path(path, "writing"):
         writer = ChecksumWriter(staged)
         try:
@@ -137,6 +153,11 @@ def write_text(path: str | Path, text: str) -> Checksum:
         os.replace(staged, path)
         fsync_directory(path.parent)
     return writer.checksum()
+
+
+def fsync_file(path: str | Path) -> None:
+    """Flush a file that something else wrote."""
+    fsync_directory(path)
 
 
 def fsync_directory(path: str | Path) -> None:
@@ -149,7 +170,7 @@ def fsync_directory(path: str | Path) -> None:
 
 
 def staging_path(final: str | Path) -> Path:
-    """Where the directory `final` is filled before it is published."""
+    """Where the directory or file `final` is written before it is published."""
     final = Path(final)
     return final.with_name(f".{final.name}{_STAGING_SUFFIX}")
 

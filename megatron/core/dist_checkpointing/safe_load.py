@@ -28,6 +28,10 @@ _MOST_STAND_INS = 32
 _REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
+class UnsafeFileError(CheckpointError):
+    """The file would import something that is not allowed; no other checkpoint should quietly replace it."""
+
+
 class StandIn:
     """What is left of an object whose class belongs to another Megatron version: its attributes."""
 
@@ -57,8 +61,8 @@ def allowed_globals() -> list[Any]:
 def load_file(path: str | Path, *, allow_unsafe_pickle: bool = False, mmap: bool = True) -> Any:
     """torch.load on the CPU, memory-mapped when the format allows it, refusing everything but plain data.
 
-    CheckpointError if the file is missing, damaged, or would import something that is not allowed;
-    `allow_unsafe_pickle` loads even that, and so runs whatever code the file holds.
+    CheckpointError if the file is missing or damaged, UnsafeFileError if it would import something that is not
+    allowed; `allow_unsafe_pickle` loads even that, and so runs whatever code the file holds.
     """
     path = Path(path)
     try:
@@ -92,7 +96,7 @@ def _load(source: Any, name: str | Path, *, mmap: bool | None, allow_unsafe_pick
             if refused[1].split(".")[0] not in _STAND_IN_ROOTS or len(stand_ins) >= _MOST_STAND_INS:
                 why = f"it refers to {refused[1]}, and loading it could run code"
                 fix = "use another file or, if you trust its author, pass --allow-unsafe-pickle"
-                raise CheckpointError(str(name), why, fix) from None
+                raise UnsafeFileError(str(name), why, fix) from None
             stand_ins.append((_stand_in(refused[1]), refused[1]))
         except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             # torch has no error of its own for a damaged file: it surfaces as any of these.

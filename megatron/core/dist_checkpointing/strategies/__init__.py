@@ -1,0 +1,1 @@
+"""How pieces are stored, by whom, and when."""

@@ -1,0 +1,147 @@
+"""The torch_dist format: every rank describes its pieces; saved in one layout, loaded in any other."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as mpu
+from megatron.core.dist_checkpointing import durable
+from megatron.core.dist_checkpointing.agreement import rank, together, world_size
+from megatron.training.checkpointing import asynchronous
+from megatron.training.checkpointing.layout import Tracked
+from megatron.training.checkpointing.state import generate_state_dict, get_rng_state, say, unsafe_allowed
+
+if TYPE_CHECKING:
+    from megatron.training.checkpointing.load import Source
+
+_MODEL_SPACE = "fully_sharded_model_space"
+_DP_ZERO = "dp_zero_gather_scatter"
+_MASTER_PREFIX = "optimizer.state.fp32_param."
+
+# The norm before an expert layer has two names in the files, depending on who built the layer.
+_OTHER_NAMES = [
+    (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
+    (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+]
+
+
+def write(
+    save_dir: str,
+    iteration: int,
+    assemble: Callable[..., dict[str, Any]],
+    announce: Callable[[], None],
+    optimizer: Any,
+    checkpointing_context: dict[str, Any] | None,
+    args: Namespace,
+) -> None:
+    """Save into the staging directory, then `announce`; with --async-save the latter happens when it is durable."""
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+    final = Path(save_dir) / Tracked(iteration).directory
+    strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy(args.ckpt_format)
+    if args.ckpt_fully_parallel_save:
+        strategy = FullyParallelSaveStrategyWrapper(
+            strategy,
+            mpu.get_data_parallel_group(with_context_parallel=True),
+            args.ckpt_assume_constant_structure,
+        )
+    optimizer_options = {}
+    if args.use_distributed_optimizer and optimizer is not None:
+        optimizer_options["sharding_type"] = _MODEL_SPACE if args.ckpt_fully_parallel_save else _DP_ZERO
+    state = assemble(True, optimizer_options)
+    staged = durable.staging_path(final)
+    request = dist_checkpointing.save(state, str(staged), strategy, async_sharded_save=bool(args.async_save))
+    if request is None:
+        announce()
+        return
+    request.add_finalize_fn(announce)
+    asynchronous.schedule_async_save(request)
+    say(f"  scheduled an async checkpoint save at iteration {iteration:7d} to {save_dir}")
+
+
+def read(
+    source: Source,
+    header: dict[str, Any],
+    chunks: list[Any],
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    args: Namespace,
+) -> dict[str, Any]:
+    """The state dict for this rank of a checkpoint that any layout may have written; every rank must call.
+
+    Random states are asked for only if the tensor- and pipeline-parallel sizes are the checkpoint's.
+    """
+    with together():
+        # Every file is verified once, by one of the ranks.
+        durable.verify(source.path, sorted(durable.read_manifest(source.path))[rank() :: world_size()])
+    saved = header.get("args", Namespace())
+    resumes = not (source.tracked.release or args.finetune)
+    with_optimizer = resumes and not args.no_load_optim and not getattr(saved, "no_save_optim", None)
+    with_rng = resumes and not args.no_load_rng and not getattr(saved, "no_save_rng", None)
+    if with_rng and not _same_layout(saved):
+        say("the checkpoint's random states belong to another layout and are not used")
+        with_rng = False
+    optimizer_options: dict[str, Any] = {"is_loading": True}
+    if args.use_distributed_optimizer:
+        optimizer_options["sharding_type"] = _sharding_type(saved)
+    request = generate_state_dict(
+        Namespace(no_save_optim=not with_optimizer, no_save_rng=not with_rng),
+        chunks,
+        optimizer,
+        opt_param_scheduler,
+        get_rng_state(True, args=args) if with_rng else None,
+        use_dist_ckpt=True,
+        optim_sd_kwargs=optimizer_options,
+    )
+    state = dist_checkpointing.load(
+        request,
+        str(source.path),
+        _load_strategy(args),
+        strict=args.dist_ckpt_strictness,
+        key_fallbacks=key_fallbacks,
+        allow_unsafe_pickle=unsafe_allowed(args),
+    )
+    return {**state, "distributed": True}
+
+
+def key_fallbacks(key: str) -> list[str]:
+    """Other keys under which the checkpoint may have the tensor `key`.
+
+    An fp32 run without distributed optimizer stores no master copy: it is the weight itself.
+    """
+    names = [key.replace(name, other) for name, other in _OTHER_NAMES if name in key]
+    return names + [
+        name.removeprefix(_MASTER_PREFIX) for name in (key, *names) if name.startswith(_MASTER_PREFIX)
+    ]
+
+
+def _same_layout(saved: Any) -> bool:
+    ours = (mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size())
+    theirs = tuple(
+        getattr(saved, name, None) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    )
+    return ours == theirs
+
+
+def _sharding_type(saved: Any) -> str:
+    """How the distributed optimizer's state lies in the file; without one it lies like the model."""
+    gathered = getattr(saved, "use_distributed_optimizer", False) and not getattr(
+        saved, "ckpt_fully_parallel_save", False
+    )
+    return _DP_ZERO if gathered else _MODEL_SPACE
+
+
+def _load_strategy(args: Namespace) -> Any:
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    strategy = TorchDistLoadShardedStrategy()
+    if args.ckpt_fully_parallel_load:
+        return FullyParallelLoadStrategyWrapper(
+            strategy, mpu.get_data_parallel_group(with_context_parallel=True)
+        )
+    return strategy
