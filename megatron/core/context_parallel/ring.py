@@ -161,7 +161,7 @@ class _Blocks:
     """
 
     def __init__(self, plan: _Plan, q: Tensor, groups: int) -> None:
-        s, b, heads, width = q.shape
+        _, b, heads, _ = q.shape
         self.plan, self.batch, self.groups, self.shared = plan, b, groups, heads // groups
         self.native, self.wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
         self.device = q.device

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.core import device, parallel_state, tensor_parallel
+from megatron.core.context_parallel import choose_attention
 from megatron.core.fusions.core_attention import AttentionSpec, matmul_softmax
 from megatron.core.kernels import registry
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -53,6 +54,7 @@ class DotProductAttention(MegatronModule):
         # Under sequence parallelism the whole block already draws from the rank's own random state.
         self.fork_random_state = self.dropout_p > 0.0 and not config.sequence_parallel
         self.context_parallel_size = groups.size("cp")
+        self.context_parallel_group = groups.cp
         self._implementations: dict[tuple[bool, bool, bool, bool], Callable[..., Tensor]] = {}
         self._implementation(
             causal=attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal),
@@ -88,6 +90,8 @@ class DotProductAttention(MegatronModule):
             short_query=short_query,
         )
         demand = registry.Demand("flash_attn", "--use-flash-attn") if config.use_flash_attn else None
+        if self.context_parallel_size > 1:
+            return choose_attention(config.context_parallel_algo, spec, self.context_parallel_group, demand)
         attend = registry.select("core_attention", spec, demand=demand)
         if attend is matmul_softmax:
             # The others keep scores in fp32, where neither setting changes anything.
