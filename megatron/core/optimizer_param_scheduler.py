@@ -68,7 +68,9 @@ def learning_rate(
     if style == "inverse-square-root":
         return max(min_lr, max_lr * max(warmup_steps, 1) ** 0.5 / max(num_steps, 1) ** 0.5)
     if style == "WSD":
-        assert wsd_decay_steps is not None and wsd_style is not None, "WSD needs the length and style of its decay"
+        assert wsd_decay_steps is not None and wsd_style is not None, (
+            "WSD needs the length and style of its decay"
+        )
         stable_until = decay_steps - wsd_decay_steps
         left = 1.0
         if num_steps > stable_until:
@@ -134,8 +136,9 @@ class OptimizerParamScheduler:
         self.num_steps = 0
         self._check()
         # Loading an optimizer restores the groups of the saved run; an override must win over them.
-        self._configured_bounds = [
-            {key: group[key] for key in ("max_lr", "min_lr") if key in group} for group in optimizer.param_groups
+        self._configured_bounds: list[dict[str, Any]] = [
+            {key: group[key] for key in ("max_lr", "min_lr") if key in group}
+            for group in optimizer.param_groups
         ]
         self.step(0)
 

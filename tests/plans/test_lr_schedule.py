@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -129,7 +130,7 @@ def test_curves_stay_within_their_bounds(style):
     ]  # fmt: skip
     assert values[:11] == pytest.approx([n / 10 for n in range(11)])
     assert all(0.1 <= value <= 1.0 for value in values[10:])
-    assert all(a >= b for a, b in zip(values[10:], values[11:])), "it never rises after warm-up"
+    assert all(a >= b for a, b in itertools.pairwise(values)), "it never rises after warm-up"
     assert values[-1] == (1.0 if style == "constant" else 0.1)
 
 
@@ -137,4 +138,4 @@ def test_weight_decay_never_falls():
     for style in ("linear", "cosine"):
         curve = [weight_decay(n, start=0.1, end=0.3, incr_steps=50, style=style) for n in range(60)]
         assert curve[0] == pytest.approx(0.1) and curve[-1] == 0.3
-        assert all(a <= b for a, b in zip(curve, curve[1:]))
+        assert all(a <= b for a, b in itertools.pairwise(curve))

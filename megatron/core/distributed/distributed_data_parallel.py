@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class DistributedDataParallel(MegatronModule):
             )
         self.overlap_param_gather_with_optimizer_step = False
         data_parallel_size = self.pg_collection.size("dp_cp")
-        self.bucket_size = ddp_config.bucket_size or default_bucket_size(data_parallel_size)
+        self.bucket_size: int | None = ddp_config.bucket_size or default_bucket_size(data_parallel_size)
         # Buckets exist to overlap; later stages have their gradients late anyway and start all reductions at once.
         single_bucket = (
             disable_bucketing or not ddp_config.overlap_grad_reduce or self.pg_collection.rank("pp") > 0
@@ -69,13 +70,13 @@ class DistributedDataParallel(MegatronModule):
         if single_bucket:
             self.bucket_size = None
 
-        self.param_to_name = {
-            param: name for name, param in module.named_parameters() if param.requires_grad
-        }
+        self.param_to_name = {param: name for name, param in module.named_parameters() if param.requires_grad}
         dense = [param for param in self.param_to_name if getattr(param, "allreduce", True)]
         expert = [param for param in self.param_to_name if not getattr(param, "allreduce", True)]
         expert_share = self.pg_collection.size("dp_modulo_ep_cp") / data_parallel_size
-        self.buffers = self._allocate(dense, self.pg_collection.dp_cp, average_factor=1.0)  # type: ignore[assignment]
+        self.buffers: list[_ParamAndGradBuffer] = self._allocate(  # type: ignore[assignment]
+            dense, self.pg_collection.dp_cp, average_factor=1.0
+        )
         self.expert_parallel_buffers = self._allocate(
             expert, self.pg_collection.dp_modulo_ep_cp, average_factor=expert_share
         )
@@ -94,7 +95,7 @@ class DistributedDataParallel(MegatronModule):
             param.grad_added_to_main_grad = False  # type: ignore[attr-defined]
             # The hook sits on autograd's accumulation node, which also runs when a kernel has added the gradient
             # itself and passes none on; the node must be kept alive.
-            accumulation = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+            accumulation: Any = param.expand_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
             accumulation.register_hook(self._make_backward_post_hook(param))
             self._hook_owners.append(accumulation)
         self.remove_forward_pre_hook_handles: dict[torch.nn.Module, Any] = {}
@@ -120,7 +121,14 @@ class DistributedDataParallel(MegatronModule):
             alike.setdefault((param.dtype, grad_dtype), []).append(param)
         return [
             _ParamAndGradBuffer(
-                self.ddp_config, param_dtype, grad_dtype, same, group, self.bucket_size, self.param_to_name, factor
+                self.ddp_config,
+                param_dtype,
+                grad_dtype,
+                same,
+                group,
+                self.bucket_size,
+                self.param_to_name,
+                factor,
             )
             for (param_dtype, grad_dtype), same in alike.items()
         ]
@@ -134,7 +142,7 @@ class DistributedDataParallel(MegatronModule):
     def _link_param_gathers(self) -> None:
         """Let each group know which one forward needs next: buckets fill from the model's end, so the one before."""
         for groups in (self.bucket_groups, self.expert_parallel_bucket_groups):
-            for later, earlier in zip(groups, groups[1:]):
+            for later, earlier in pairwise(groups):
                 earlier.next_param_gather_bucket_group = later
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -209,10 +217,16 @@ class DistributedDataParallel(MegatronModule):
 
     def enable_forward_pre_hook(self) -> None:
         """Have every submodule wait for the gather of its own parameters before it runs (overlap_param_gather)."""
-        assert self.ddp_config.overlap_param_gather, "parameters are only gathered in forward with overlap_param_gather"
+        assert self.ddp_config.overlap_param_gather, (
+            "parameters are only gathered in forward with overlap_param_gather"
+        )
         assert not self.remove_forward_pre_hook_handles, "the forward hooks are already enabled"
         for module in self.module.modules():
-            own = {self.param_to_bucket_group[p]: None for p in module.parameters(recurse=False) if p.requires_grad}
+            own = {
+                self.param_to_bucket_group[p]: None
+                for p in module.parameters(recurse=False)
+                if p.requires_grad
+            }
             if own:
                 self.remove_forward_pre_hook_handles[module] = module.register_forward_pre_hook(
                     self._make_forward_pre_hook(list(own))
@@ -220,7 +234,9 @@ class DistributedDataParallel(MegatronModule):
 
     def disable_forward_pre_hook(self) -> None:
         """Remove the hooks and complete all gathers, for code that reads parameters outside forward."""
-        assert self.ddp_config.overlap_param_gather, "parameters are only gathered in forward with overlap_param_gather"
+        assert self.ddp_config.overlap_param_gather, (
+            "parameters are only gathered in forward with overlap_param_gather"
+        )
         assert self.remove_forward_pre_hook_handles, "the forward hooks are already disabled"
         for handle in self.remove_forward_pre_hook_handles.values():
             handle.remove()
@@ -251,7 +267,9 @@ class DistributedDataParallel(MegatronModule):
 
     # State: the wrapper adds no level to the names ----------------------------------------------------------------
 
-    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(
+        self, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped module's state dict."""
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 

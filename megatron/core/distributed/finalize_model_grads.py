@@ -39,9 +39,11 @@ def _sum_sequence_parallel_grads(model: list[torch.nn.Module], config: Transform
     grads: dict[torch.dtype, list[Tensor]] = {}
     for chunk in model:
         for name, param in chunk.named_parameters():
-            partial = getattr(param, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name
+            partial = (
+                getattr(param, "sequence_parallel", False) or "q_layernorm" in name or "k_layernorm" in name
+            )
             if partial and param.requires_grad:
-                grads.setdefault(param.main_grad.dtype, []).append(param.main_grad)
+                grads.setdefault(param.main_grad.dtype, []).append(param.main_grad)  # type: ignore[attr-defined]
     for same in grads.values():
         flat = torch.cat([grad.reshape(-1) for grad in same])
         dist.all_reduce(flat, group=group)
@@ -70,6 +72,10 @@ def _sum_embedding_grads(model: list[torch.nn.Module]) -> None:
         _sum_over(groups.pos_embd, None if positions is None else positions.weight)
 
 
+def _as_list(one_or_many: Any) -> list[Any]:
+    return one_or_many if isinstance(one_or_many, list) else [one_or_many]
+
+
 def _tokens_of_batch(num_tokens: Tensor) -> Tensor:
     """Tokens of the whole global batch: known to the last stage, summed over data-parallel ranks (cp has been).
 
@@ -77,13 +83,8 @@ def _tokens_of_batch(num_tokens: Tensor) -> Tensor:
     """
     last_ranks = parallel_state.get_pipeline_model_parallel_last_rank()
     pipelines = parallel_state.get_pipeline_model_parallel_group()
-    pairs = (
-        zip(last_ranks, pipelines)
-        if isinstance(last_ranks, list) and isinstance(pipelines, list)
-        else [(last_ranks, pipelines)]
-    )
     heard = num_tokens
-    for source, group in pairs:
+    for source, group in zip(_as_list(last_ranks), _as_list(pipelines)):
         heard = num_tokens.clone()
         dist.broadcast(heard, src=source, group=group)
     dist.all_reduce(heard, group=parallel_state.get_data_parallel_group())

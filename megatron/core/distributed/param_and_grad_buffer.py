@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.distributed.buckets import BufferLayout, plan_buffer
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
+from megatron.core.errors import TrainingError
 
 
 class BufferType(Enum):
@@ -21,7 +22,7 @@ class BufferType(Enum):
     GRAD = 2
 
 
-class NanGradientError(AssertionError, FloatingPointError):
+class NanGradientError(TrainingError, AssertionError):
     """A gradient is NaN before it was reduced; AssertionError because v0.9 asserts."""
 
 
@@ -123,9 +124,10 @@ class _ParamAndGradBucketGroup:
         ]
         rank = dist.get_rank() if dist.is_initialized() else 0
         raise NanGradientError(
-            f"rank {rank}: NaN in the local gradient, before it was reduced, of {', '.join(culprits)} "
-            f"(device {self.buckets[0].grad_data.device}). Look for a diverging loss or a broken sample; "
-            "--no-check-for-nan-in-loss-and-grad trains on regardless"
+            ", ".join(culprits[:5]) + (f" and {len(culprits) - 5} more" if len(culprits) > 5 else ""),
+            f"the gradient is NaN on rank {rank}, before it was reduced over data-parallel ranks",
+            "look for a diverging loss (lower --lr) or a broken sample; "
+            "--no-check-for-nan-in-loss-and-grad trains on regardless",
         )
 
     def start_grad_sync(self) -> None:
@@ -210,7 +212,9 @@ class _ParamAndGradBucketGroup:
 
         `force_sync` returns only when they are there, waiting for a gather under way instead of starting another.
         """
-        assert self.ddp_config.use_distributed_optimizer, "only the distributed optimizer's parameters are gathered"
+        assert self.ddp_config.use_distributed_optimizer, (
+            "only the distributed optimizer's parameters are gathered"
+        )
         if self._param_handles:
             assert force_sync, "the parameters of this bucket group are already being gathered"
             self._wait_for_params()
@@ -339,10 +343,11 @@ def partition_buckets(
     assert all(buffer.data_parallel_group is first.data_parallel_group for buffer in buffers), (
         "buffers of different data-parallel groups cannot be partitioned together"
     )
-    make: Callable[[list[_ParamAndGradBucket]], _ParamAndGradBucketGroup] = lambda buckets: (
-        _ParamAndGradBucketGroup(
+
+    def make(buckets: list[_ParamAndGradBucket]) -> _ParamAndGradBucketGroup:
+        return _ParamAndGradBucketGroup(
             buckets, first.ddp_config, first.data_parallel_group, first.data_parallel_world_size
         )
-    )
+
     buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
     return [make(buckets)] if force_single_bucket_group else [make([bucket]) for bucket in buckets]

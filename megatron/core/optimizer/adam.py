@@ -55,7 +55,7 @@ class Adam(torch.optim.Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Groups without one still count, so that all ranks agree."""
         loss = None
         if closure is not None:
@@ -115,13 +115,13 @@ class _TailPack:
     """
 
     def __init__(self, columns: list[list[Tensor]], width: int) -> None:
-        odd = [tensor.numel() % width != 0 for tensor in columns[0]]
-        if not any(odd):
-            self.columns, self._tails, self._packed = columns, [], []
-            return
-        self.columns = []
+        self.columns = columns
         self._tails: list[list[Tensor]] = []
         self._packed: list[list[Tensor]] = []
+        odd = [tensor.numel() % width != 0 for tensor in columns[0]]
+        if not any(odd):
+            return
+        self.columns = []
         for column in columns:
             whole = [tensor for tensor, is_odd in zip(column, odd) if not is_odd]
             flat = [tensor.view(-1) for tensor, is_odd in zip(column, odd) if is_odd]

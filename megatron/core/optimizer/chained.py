@@ -61,12 +61,12 @@ class ChainedOptimizer(MegatronOptimizer):
                 if chunk not in self.model_chunks:
                     self.model_chunks.append(chunk)
 
-    @property
+    @property  # type: ignore[misc]
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of all optimizers, one after the other."""
         return [group for optimizer in self.chained_optimizers for group in optimizer.param_groups]
 
-    @property
+    @property  # type: ignore[misc]
     def state(self) -> ProxyDict:
         """The states of all optimizers under (index of the optimizer, parameter)."""
         return ProxyDict([optimizer.state for optimizer in self.chained_optimizers])
@@ -95,7 +95,8 @@ class ChainedOptimizer(MegatronOptimizer):
 
     def prepare_grads(self) -> bool:
         """Prepare all (each adapts its loss scale); True if any overflowed."""
-        return any([optimizer.prepare_grads() for optimizer in self.chained_optimizers])
+        overflows = [optimizer.prepare_grads() for optimizer in self.chained_optimizers]
+        return any(overflows)
 
     def step_with_ready_grads(self) -> bool:
         """Update all; the first chunk's parameters travel while the others are updated, if that is asked for."""
@@ -194,7 +195,7 @@ class ChainedOptimizer(MegatronOptimizer):
         for index, optimizer in enumerate(self._distributed()):
             if optimizer is None:
                 continue
-            if states is None and optimizer.data_parallel_group.rank() == 0:
+            if states is None and optimizer.data_parallel_rank == 0:
                 states = read_parameter_state(filename)
             optimizer.load_parameter_state_from_dp_zero(
                 states[index] if states is not None else None, update_legacy_format=update_legacy_format

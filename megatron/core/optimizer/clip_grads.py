@@ -42,7 +42,7 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64, device=device.current())
-    norms = []
+    norms: list[Tensor] = []
     for _, same in groupby(filled, key=lambda tensor: tensor.dtype):
         norms += torch._foreach_norm(list(same), 2.0, dtype=torch.float64)
     return torch.stack(norms).square_().sum()
@@ -102,7 +102,9 @@ def clip_grad_by_total_norm_fp32(
         torch._foreach_mul_(grads, coefficient)
 
 
-def count_zeros_fp32(parameters: Iterable[Tensor] | Tensor, model_parallel_group: ProcessGroup | None) -> float:
+def count_zeros_fp32(
+    parameters: Iterable[Tensor] | Tensor, model_parallel_group: ProcessGroup | None
+) -> float:
     """How many gradient elements are exactly zero over the group (None: the world), all ranks of which must call."""
     total = torch.zeros((), dtype=torch.float64, device=device.current())
     for param in _as_list(parameters):

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from megatron.core.dist_checkpointing.safe_load import load_file
 from megatron.core.distributed.buckets import BucketPlan
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
@@ -83,7 +84,9 @@ class ParameterStateFormats:
             for bucket_index, (plan, pieces) in enumerate(zip(buffer.layout.buckets, buckets)):
                 yield buffer_index, bucket_index, buffer, plan, pieces
 
-    def _shard_of_bucket(self, key: str, buffer: _ParamAndGradBuffer, plan: BucketPlan, pieces: list[OwnedPiece]) -> Tensor:
+    def _shard_of_bucket(
+        self, key: str, buffer: _ParamAndGradBuffer, plan: BucketPlan, pieces: list[OwnedPiece]
+    ) -> Tensor:
         """This rank's part of a bucket in host memory, zeros between the pieces."""
         dtype = torch.promote_types(buffer.param_dtype, torch.float32)
         shard = torch.zeros(plan.numel // self.data_parallel_world_size, dtype=dtype)
@@ -190,7 +193,9 @@ class ParameterStateFormats:
                     bucket = bucket.to(shard.dtype)
                 self._fill_from_shard(key, self._scatter(bucket, shard), pieces)
 
-    def _whole_buffers(self, state_dict: dict[Any, Any], update_legacy_format: bool) -> dict[tuple[int, str], Tensor]:
+    def _whole_buffers(
+        self, state_dict: dict[Any, Any], update_legacy_format: bool
+    ) -> dict[tuple[int, str], Tensor]:
         """The 1-D tensor of each (buffer, state key) in a gathered state, checked against this model."""
         legacy = not state_dict.get("buckets_coalesced", False)
         if legacy and not update_legacy_format:
@@ -301,14 +306,14 @@ class ParameterStateFormats:
     ) -> ShardedObject | LocalNonpersistentObject:
         """The gathered state as an object of data-parallel rank 0. All ranks of the group must call when saving."""
         state = None if is_loading else self.get_parameter_state_dp_zero()
-        return LocalNonpersistentObject(None) if self.data_parallel_rank else self._object("param_state", state)
+        return (
+            LocalNonpersistentObject(None) if self.data_parallel_rank else self._object("param_state", state)
+        )
 
     def sharded_param_state_fs_model_space(
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False
     ) -> dict[int, dict[str, Any]]:
         """Every owned piece as a flat slice of its model tensor: `optimizer.state.<key>.<model key>`."""
-        from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
-
         self.init_state_fn(self.optimizer)
         owned = self.owned_pieces()
         sharded_params = get_param_id_to_sharded_param_map(

@@ -16,7 +16,7 @@ from megatron.core.optimizer.adam import Adam
 from megatron.core.optimizer.distrib_checkpoint import ParameterStateFormats
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.mixed_precision import HALF, MixedPrecisionOptimizer, main_copy
-from megatron.core.optimizer.optimizer import InitState, drop_grads, flatten
+from megatron.core.optimizer.optimizer import InitState, drop_grads
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.shard_layout import Piece, Range, plan_shards
 
@@ -89,7 +89,9 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
         self.pieces: list[list[list[OwnedPiece]]] = [
             [
                 [self._own(buffer.params[place.param], place) for place in shard.pieces]
-                for shard in plan_shards(buffer.layout, self.data_parallel_rank, self.data_parallel_world_size)
+                for shard in plan_shards(
+                    buffer.layout, self.data_parallel_rank, self.data_parallel_world_size
+                )
             ]
             for buffer in self.buffers
         ]
@@ -98,7 +100,9 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
     @staticmethod
     def _own(param: torch.nn.Parameter, place: Piece) -> OwnedPiece:
         part = param.detach().view(-1)[place.in_param.start : place.in_param.end]
-        return OwnedPiece(param, place, main_copy(param, part.clone().float() if part.dtype in HALF else part))
+        return OwnedPiece(
+            param, place, main_copy(param, part.clone().float() if part.dtype in HALF else part)
+        )
 
     def _regroup(self) -> None:
         """Put the owned pieces in the place of whole parameters in the torch optimizer's groups."""
@@ -123,7 +127,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
 
     def owned_pieces(self) -> list[OwnedPiece]:
         """All pieces this rank owns, buffer by buffer, in memory order."""
-        return flatten(bucket for buffer in self.pieces for bucket in buffer)  # type: ignore[arg-type]
+        return [piece for buffer in self.pieces for bucket in buffer for piece in bucket]
 
     def get_model_parallel_group(self) -> ProcessGroup | None:
         """The whole world: every rank holds a different piece of every gradient."""

@@ -44,7 +44,11 @@ def get_megatron_optimizer(
     optimizers: list[MegatronOptimizer] = []
     first_chunk = 0
     for chunks in parts:
-        dense = [group for group in _groups(config, chunks, no_weight_decay_cond, scale_lr_cond, lr_mult) if not group["is_expert_parallel"]]
+        dense = [
+            group
+            for group in _groups(config, chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
+            if not group["is_expert_parallel"]
+        ]
         if dense or not optimizers:
             optimizers.append(
                 _assemble(
@@ -59,7 +63,11 @@ def get_megatron_optimizer(
                 )
             )
         first_chunk += len(chunks)
-    expert = [group for group in _groups(config, model_chunks, no_weight_decay_cond, scale_lr_cond, lr_mult) if group["is_expert_parallel"]]
+    expert = [
+        group
+        for group in _groups(config, model_chunks, no_weight_decay_cond, scale_lr_cond, lr_mult)
+        if group["is_expert_parallel"]
+    ]
     if expert:
         optimizers.append(
             _assemble(
@@ -102,6 +110,8 @@ def _buffers(chunk: DistributedDataParallel, kind: str) -> list[_ParamAndGradBuf
 
 def _torch_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The update rule alone."""
+    if config.lr is None:
+        raise ConfigError("--lr", "no learning rate is given", "add --lr")
     if config.optimizer == "adam":
         return Adam(
             param_groups,
@@ -164,7 +174,9 @@ def _assemble(
             data_parallel_group_idx,
         )
     elif config.fp16 or config.bf16:
-        optimizer = Float16OptimizerWithFloat16Params(inner, config, _grad_scaler(config), init_optimizer_state)
+        optimizer = Float16OptimizerWithFloat16Params(
+            inner, config, _grad_scaler(config), init_optimizer_state
+        )
     else:
         optimizer = FP32Optimizer(inner, config, init_optimizer_state)
     optimizer.model_parallel_group = model_parallel_group

@@ -89,7 +89,9 @@ class DynamicGradScaler(MegatronGradScaler):
         if not growth_factor > 1.0:
             raise InvariantError("loss-scale growth", f"the factor {growth_factor} does not grow", "use 2")
         if not 0.0 < backoff_factor < 1.0:
-            raise InvariantError("loss-scale back-off", f"the factor {backoff_factor} does not shrink", "use 0.5")
+            raise InvariantError(
+                "loss-scale back-off", f"the factor {backoff_factor} does not shrink", "use 0.5"
+            )
         _positive("--loss-scale-window", growth_interval)
         _positive("--hysteresis", hysteresis)
         self.min_scale = torch.tensor([min_scale], dtype=torch.float32, device=self._scale.device)

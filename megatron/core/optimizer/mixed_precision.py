@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.optimizer import (
@@ -123,10 +124,14 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         if "grad_scaler" not in state_dict:
             if self.config.fp16:
                 log_single_rank(
-                    logger, logging.WARNING, "the checkpoint holds no loss scale; starting from the initial one"
+                    logger,
+                    logging.WARNING,
+                    "the checkpoint holds no loss scale; starting from the initial one",
                 )
         elif self.grad_scaler is None:
-            log_single_rank(logger, logging.WARNING, "this run does not scale the loss; ignoring the checkpoint's scale")
+            log_single_rank(
+                logger, logging.WARNING, "this run does not scale the loss; ignoring the checkpoint's scale"
+            )
         else:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
@@ -221,8 +226,6 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False
     ) -> ShardedStateDict:
         """`optimizer.state.{fp32_param, <moment>}.<model key>` for every parameter, cut as the model's tensor is."""
-        from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-
         if is_loading:
             self.init_state_fn(self.optimizer)
         state_dict = self.state_dict()

@@ -14,6 +14,10 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import device, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    optim_state_to_sharding_state,
+)
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.adam import Adam
 from megatron.core.optimizer.clip_grads import (
@@ -188,7 +192,7 @@ class MegatronOptimizer(ABC):
         """The loss to call backward on."""
         return loss
 
-    def start_param_sync(self, model_index: int, *unused: Any) -> None:
+    def start_param_sync(self, model_index: int, *unused: Any) -> None:  # noqa: B027 part of the interface
         """Nothing: parameters are gathered by the model chunks themselves."""
 
     @abstractmethod
@@ -231,18 +235,13 @@ class MegatronOptimizer(ABC):
 
 
 def sharded_torch_state(
-    state_dict: dict[str, Any], model_params: Iterable[Tensor], model_sharded_state_dict: ShardedStateDict
+    state_dict: dict[str, Any], model_params: Iterable[Any], model_sharded_state_dict: ShardedStateDict
 ) -> dict[int, Any]:
     """Replace the tensors of a torch optimizer's state dict by sharded ones, in place; returns what each parameter is.
 
     `model_params` are the model's parameters in the order in which the state numbers them. Groups are stored without
     parameter lists, decaying ones first: every rank reads rank 0's, some readers by position.
     """
-    from megatron.core.dist_checkpointing.optimizer import (
-        get_param_id_to_sharded_param_map,
-        optim_state_to_sharding_state,
-    )
-
     sharded_params = get_param_id_to_sharded_param_map(model_sharded_state_dict, model_params)
     groups = state_dict["param_groups"]
     optim_state_to_sharding_state(state_dict, sharded_params, exclude_keys=("step",))

@@ -91,7 +91,7 @@ def param_is_not_tensor_parallel_duplicate(param: Tensor) -> bool:
     """True where this rank's copy counts in a sum over tp: pieces everywhere, whole parameters on tp rank 0."""
     if getattr(param, "tensor_model_parallel", False):
         return True
-    return parallel_state.get_tensor_model_parallel_rank() == 0
+    return parallel_state.resolve(None).rank("tp") == 0
 
 
 # Checkpoint records -----------------------------------------------------------------------------------------------

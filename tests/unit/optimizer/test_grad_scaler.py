@@ -44,9 +44,14 @@ def test_constant_scale_ignores_overflows():
 
 
 def test_a_restored_scaler_continues_alike():
-    settings = dict(
-        initial_scale=1024.0, min_scale=1.0, growth_factor=2.0, backoff_factor=0.5, growth_interval=3, hysteresis=2
-    )
+    settings = {
+        "initial_scale": 1024.0,
+        "min_scale": 1.0,
+        "growth_factor": 2.0,
+        "backoff_factor": 0.5,
+        "growth_interval": 3,
+        "hysteresis": 2,
+    }
     one, two = DynamicGradScaler(**settings), DynamicGradScaler(**settings)
     for found in (True, False, False):
         one.update(found)

@@ -19,7 +19,9 @@ class _Named:
     def __init__(self, recorded):
         self.params = []
         for name, shape, attributes in recorded:
-            param = torch.nn.Parameter(torch.zeros(shape), requires_grad=attributes.pop("requires_grad", True))
+            param = torch.nn.Parameter(
+                torch.zeros(shape), requires_grad=attributes.pop("requires_grad", True)
+            )
             for attribute, value in attributes.items():
                 setattr(param, attribute, value)
             self.params.append((name, param))
