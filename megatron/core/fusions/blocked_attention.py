@@ -76,14 +76,14 @@ class BlockedAttention(torch.autograd.Function):
             out[first:last] = torch.bmm(weights, values[:, :end]).transpose(0, 1)
         if dropout_p:
             out.mul_(keep_scale(dropout_p))
-        ctx.save_for_backward(q, k, v, *probs, *masks)
+        ctx.save_for_backward(q, k, v, hidden, *probs, *masks)
         ctx.blocks, ctx.scale, ctx.dropout_p = len(probs), scale, dropout_p
         return out.view(sq, b, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """grad [sq, b, np*hn] -> gradients of q [sq, b, np, hn], k and v [sk, b, np, hn]."""
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, hidden, *saved = ctx.saved_tensors
         probs, masks = saved[: ctx.blocks], saved[ctx.blocks :]
         sq = q.shape[0]
         queries, keys, values = _heads_first(q), _heads_first(k), _heads_first(v)
@@ -102,6 +102,10 @@ class BlockedAttention(torch.autograd.Function):
                 upstream.mul_(masks[index])
             v_grad[:, :end].baddbmm_(used.transpose(1, 2), out_grad[:, rows])
             score_grad = torch._softmax_backward_data(upstream, weights, -1, weights.dtype)
+            if hidden is not None:
+                # only a query that sees nothing has weight on forbidden keys; its scores are constants
+                forbidden = hidden[..., rows, :] if hidden.shape[-2] > 1 else hidden
+                score_grad.view(q.shape[1], -1, *score_grad.shape[1:]).masked_fill_(forbidden, 0.0)
             torch.baddbmm(
                 q_grad[:, rows], score_grad, keys[:, :end], beta=0, alpha=ctx.scale, out=q_grad[:, rows]
             )

@@ -132,7 +132,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         ctx: Any, logits: Tensor, target: Tensor, group: Group | None, label_smoothing: float, inplace: bool
     ) -> Tensor:
         """logits [..., v/tp], target [...] -> loss [...]."""
-        flat, labels = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+        flat, labels = logits.detach().reshape(-1, logits.shape[-1]), target.reshape(-1)
         probs = flat if inplace else torch.empty_like(flat)
         ranks = group_size(group)
         keep, spread = smoothing_shares(label_smoothing, flat.shape[-1] * ranks)

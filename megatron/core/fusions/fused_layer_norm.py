@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,7 @@ class FusedLayerNorm(torch.nn.Module):
         super().__init__()
         if normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(f"normalization must be LayerNorm or RMSNorm, not {normalization!r}")
-        shape = (hidden_size,) if isinstance(hidden_size, numbers.Integral) else tuple(hidden_size)  # type: ignore[arg-type]
+        shape = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)
         if len(shape) != 1:
             raise ValueError(f"the norm works on the last dimension alone, hidden_size was {tuple(shape)}")
         self.config = config

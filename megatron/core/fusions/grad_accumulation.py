@@ -35,7 +35,7 @@ def linear_wgrad_accumulate_wide(input: Tensor, grad_output: Tensor, main_grad: 
     if main_grad.dtype == input.dtype:
         main_grad.addmm_(grad_output.t(), input)
     else:
-        torch.addmm(main_grad, grad_output.t(), input, out_dtype=main_grad.dtype, out=main_grad)  # type: ignore[call-overload]
+        torch.addmm(main_grad, grad_output.t(), input, out_dtype=main_grad.dtype, out=main_grad)
 
 
 @register("linear_wgrad_accumulate", "torch", rank=0)

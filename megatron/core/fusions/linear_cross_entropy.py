@@ -82,7 +82,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             probs = (hidden[rows] @ weight.t()).to(lse.dtype).sub_(lse[rows].unsqueeze(1)).exp_()
             if ctx.share:
                 probs.sub_(ctx.share)
-            at_target = torch.where(outside[rows], 0.0, -ctx.keep).to(probs.dtype).unsqueeze(1)
+            at_target = probs.new_full((probs.shape[0], 1), -ctx.keep).masked_fill_(
+                outside[rows].unsqueeze(1), 0.0
+            )
             probs.scatter_add_(1, local[rows].unsqueeze(1), at_target)
             grad_logits = probs.mul_(grad_output[rows].unsqueeze(1)).to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[rows])

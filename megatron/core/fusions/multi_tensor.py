@@ -13,14 +13,18 @@ from torch import Tensor
 from megatron.core.kernels.registry import register
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
     """fp32 scalar: square root of the sum of squares over all tensors (0 for an empty list), without a host
     sync.
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
-    norms = torch._foreach_norm(list(tensors), 2.0, dtype=torch.float32)
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    norms = torch._foreach_norm(list(tensors), 2.0, dtype=_wide(tensors[0].dtype))
+    return torch.linalg.vector_norm(torch.stack(norms)).float()
 
 
 def scale(sources: Sequence[Tensor], targets: Sequence[Tensor], factor: float | Tensor) -> Tensor:
@@ -33,9 +37,7 @@ def scale(sources: Sequence[Tensor], targets: Sequence[Tensor], factor: float | 
     if not aliased:
         torch._foreach_copy_(list(targets), list(sources))
     torch._foreach_mul_(list(targets), factor)
-    peak = torch.stack(
-        [torch.linalg.vector_norm(t, float("inf"), dtype=torch.float32) for t in targets if t.numel()]
-    )
+    peak = torch.stack([torch.linalg.vector_norm(t, float("inf")).float() for t in targets if t.numel()])
     return (~torch.isfinite(peak).all()).float()
 
 
