@@ -6,9 +6,11 @@ replaced by closed forms over cumulative sums where these exist, and by lanes th
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 
 import numpy
 
@@ -177,86 +179,69 @@ def build_mapping(
             f"seed {seed} and target length {max_seq_length} must be above 0 and 1",
             "set --seed and --seq-length accordingly",
         )
-    firsts, ends = _usable_documents(docs, sizes, min_num_sent)
-    if firsts.size == 0 and max_num_samples > 0:
+    documents = _usable_documents(docs, sizes, min_num_sent)
+    if not documents and max_num_samples > 0:
         raise DataError(
             "sentence index",
             f"none of {docs.size - 1} documents has {min_num_sent} sentences of at most {_MAX_SENTENCE_TOKENS} tokens",
             "preprocess with --split-sentences, or give the split a larger share",
         )
-    dtype = numpy.uint64 if sizes.size > numpy.iinfo(numpy.uint32).max else numpy.uint32
+    targets = _target_lengths(max_seq_length, short_seq_prob, seed)
     rows = _walk_sentences(
-        firsts,
-        ends,
-        sizes,
-        num_epochs,
-        max_num_samples,
-        min_num_sent,
-        _Targets(max_seq_length, short_seq_prob, seed),
+        documents, sizes, num_epochs, max_num_samples, max_seq_length, targets, min_num_sent
     )
+    dtype = numpy.uint64 if sizes.size > numpy.iinfo(numpy.uint32).max else numpy.uint32
     return rows.astype(dtype)[_shuffled_rows(rows.shape[0], seed + 1)]
 
 
-def _usable_documents(
-    docs: numpy.ndarray, sizes: numpy.ndarray, min_num_sent: int
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """First and end sentences of the documents that take part."""
+def _usable_documents(docs: numpy.ndarray, sizes: numpy.ndarray, min_num_sent: int) -> list[tuple[int, int]]:
+    """First and end sentence of each document that takes part."""
     firsts, ends = docs[:-1], docs[1:]
     too_long = numpy.concatenate([[0], numpy.cumsum(sizes > _MAX_SENTENCE_TOKENS)])
     sentences = ends - firsts
     usable = (sentences >= max(min_num_sent, 1)) & ((sentences <= 1) | (too_long[ends] == too_long[firsts]))
-    return firsts[usable], ends[usable]
+    return list(zip(firsts[usable].tolist(), ends[usable].tolist()))
 
 
-class _Targets:
-    """The stream of target lengths: one 32-bit Mersenne Twister output each, none if all are the same."""
-
-    def __init__(self, max_seq_length: int, short_seq_prob: float, seed: int) -> None:
-        self.longest = max_seq_length
-        # Halves round away from zero, as in C.
-        self._ratio = 0 if short_seq_prob == 0 else math.floor(1.0 / short_seq_prob + 0.5)
-        self._random = numpy.random.RandomState(seed)
-
-    def draw(self, count: int) -> list[int]:
-        """The next `count` target lengths."""
-        if self._ratio == 0:
-            return [self.longest] * count
-        values = self._random.randint(0, 1 << 32, size=count, dtype=numpy.uint32).astype(numpy.int64)
-        return numpy.where(values % self._ratio == 0, 2 + values % (self.longest - 1), self.longest).tolist()
+def _target_lengths(max_seq_length: int, short_seq_prob: float, seed: int) -> Iterator[int]:
+    """The endless stream of target lengths: one 32-bit Mersenne Twister output each, none if all are the same."""
+    if short_seq_prob == 0:
+        yield from itertools.repeat(max_seq_length)
+    ratio = math.floor(1.0 / short_seq_prob + 0.5)  # halves round away from zero, as in C
+    random = numpy.random.RandomState(seed)
+    while True:
+        values = random.randint(0, 1 << 32, size=_DRAWS, dtype=numpy.uint32).astype(numpy.int64)
+        yield from numpy.where(
+            values % ratio == 0, 2 + values % (max_seq_length - 1), max_seq_length
+        ).tolist()
 
 
 def _walk_sentences(
-    firsts: numpy.ndarray,
-    ends: numpy.ndarray,
+    documents: Sequence[tuple[int, int]],
     sizes: numpy.ndarray,
     num_epochs: int,
     max_num_samples: int,
+    max_seq_length: int,
+    targets: Iterator[int],
     min_num_sent: int,
-    targets: _Targets,
 ) -> numpy.ndarray:
-    """The rows in document order, int64 [rows, 3].
+    """The rows in document order, int64 [rows, 3]; documents are (first, end) sentences.
 
     A row ends at the first sentence that fulfils target and minimum, provided two or more sentences remain after
     it, else at the end of the document. Each document draws one target, and each row one for its successor.
     """
     before = numpy.concatenate([[0], numpy.cumsum(sizes, dtype=numpy.int64)])
     # Where a row of the longest target ends, for every sentence that it may begin with; other targets are rare.
-    longest_ends = memoryview(numpy.searchsorted(before, before[:-1] + targets.longest))
-    lengths_before = memoryview(before)
-    documents = list(zip(firsts.tolist(), ends.tolist()))
+    longest_ends = numpy.searchsorted(before, before[:-1] + max_seq_length).data
+    lengths_before = before.data
     rows = array("q")
-    stream = iter(())
     for _ in range(num_epochs):
         if len(rows) >= 3 * max_num_samples:
             break
         for first, end in documents:
-            start = first
+            start, target = first, next(targets)
             while start < end:
-                target = next(stream, 0)
-                if target == 0:
-                    stream = iter(targets.draw(_DRAWS))
-                    target = next(stream)
-                if target == targets.longest:
+                if target == max_seq_length:
                     stop = longest_ends[start]
                 else:
                     stop = bisect_left(lengths_before, lengths_before[start] + target, start, end + 1)
@@ -264,25 +249,17 @@ def _walk_sentences(
                 if stop > end - 2:
                     stop = end
                 rows.extend((start, stop, target))
-                start = stop
-            # The draw that the document's last row makes for a successor it does not have.
-            if next(stream, 0) == 0:
-                stream = iter(targets.draw(_DRAWS))
-                next(stream)
-    return (
-        numpy.frombuffer(rows, dtype=numpy.int64).reshape(-1, 3)
-        if rows
-        else numpy.empty((0, 3), dtype=numpy.int64)
-    )
+                start, target = stop, next(targets)
+    return numpy.array(rows, dtype=numpy.int64).reshape(-1, 3)
 
 
 def _shuffled_rows(count: int, seed: int) -> numpy.ndarray:
     """The order that swapping i = count - 1 .. 1 with a 64-bit Mersenne Twister output modulo i + 1 leaves."""
     order = numpy.arange(count, dtype=numpy.int64)
     if count > 1:
-        places = memoryview(order)
+        places = order.data
         partners = _mt19937_64(seed, count - 1) % numpy.arange(count, 1, -1, dtype=numpy.uint64)
-        for i, j in zip(range(count - 1, 0, -1), memoryview(partners)):
+        for i, j in zip(range(count - 1, 0, -1), partners.data):
             places[i], places[j] = places[j], places[i]
     return order
 

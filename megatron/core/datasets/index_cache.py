@@ -59,18 +59,11 @@ class IndexCache:
             return self._load(check), False
         try:
             os.makedirs(self.directory, exist_ok=True)
-            lock = exclusive_lock(self._path("lock"))
-            with lock:
-                if self._complete():
-                    return self._load(check), False
-                with heartbeat(logger, lambda: f"still building {self.stem}"):
-                    for name, values in build():
-                        write_atomically(self._path(f"{name}.npy"), partial(_save, values))
-                        del values
-                self._write_text("fingerprint.json", json.dumps(self.fingerprint, indent=4))
-                # Last, because readers take it for the sign that all is there.
-                self._write_text("description.txt", self.description)
-                os.unlink(self._path("lock"))
+            with exclusive_lock(self._path("lock")):
+                # Whoever held the lock before may have built it.
+                built_now = not self._complete()
+                if built_now:
+                    self._build_and_save(build)
         except OSError as error:
             if error.errno in _NOT_WRITABLE:
                 return self._in_memory(build, f"{self.directory} is not writable ({error.strerror})"), True
@@ -79,7 +72,17 @@ class IndexCache:
                 f"the index files cannot be written ({error.strerror})",
                 "set --data-cache-path to a writable directory with free space",
             ) from error
-        return self._load(check), True
+        return self._load(check), built_now
+
+    def _build_and_save(self, build: Callable[[], Iterable[tuple[str, numpy.ndarray]]]) -> None:
+        with heartbeat(logger, lambda: f"still building {self.stem}"):
+            for name, values in build():
+                write_atomically(self._path(f"{name}.npy"), partial(_save, values))
+                del values
+        self._write_text("fingerprint.json", json.dumps(self.fingerprint, indent=4))
+        # Last, because readers take it for the sign that all is there.
+        self._write_text("description.txt", self.description)
+        os.unlink(self._path("lock"))
 
     def _path(self, suffix: str) -> str:
         assert self.directory is not None, "only called with a directory"

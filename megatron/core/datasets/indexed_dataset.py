@@ -143,9 +143,9 @@ class _FileBinReader:
         sequence = numpy.empty(count, dtype=dtype)
         with open(self._path, "rb", buffering=0) as stream:
             stream.seek(offset)
-            buffer = sequence.view(numpy.uint8)
+            buffer = sequence.view(numpy.uint8).data
             done = 0
-            while done < buffer.size:
+            while done < len(buffer):
                 got = stream.readinto(buffer[done:])
                 if not got:
                     raise DataError(
