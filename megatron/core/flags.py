@@ -29,7 +29,8 @@ class Flag:
     """One command-line flag, as declared on the configuration field it fills.
 
     `default` is the library's, `cli_default` the command line's (they differ where v0.9's differ). `parse` converts
-    the text, None leaves it as it is. `inverted` means that the field holds `not args.<dest>`.
+    the text, None leaves it as it is. `inverted` means that the field holds `not args.<dest>`. `instead` is the flag that
+    took this one's place.
     """
 
     field: str
@@ -45,6 +46,7 @@ class Flag:
     help: str
     status: Status
     reason: str | None
+    instead: str | None
     inverted: bool
 
 
@@ -95,6 +97,7 @@ def flag(
     choices: tuple[Any, ...] | None = None,
     status: Status = "stable",
     reason: str | None = None,
+    instead: str | None = None,
     inverted: bool = False,
     kw_only: bool = False,
 ) -> Any:
@@ -102,16 +105,16 @@ def flag(
 
     Without `on` or `off` the flag is spelled like the field. `off` names a flag that switches the field off; a field
     annotated `bool` is otherwise switched on, and any other annotation names the type of the flag's value.
-    `status` other than "stable" and "gpu" needs a `reason`, which users read.
+    A `status` other than "stable" and "gpu" needs a `reason`, which users read, and may name the flag to give `instead`.
     """
     options = dict(locals())
     del options["kw_only"]
     return _field(default, _Declaration(options), kw_only)
 
 
-def from_args(dest: str, default: Any) -> Any:
+def from_args(dest: str, default: Any, kw_only: bool = False) -> Any:
     """Read a value that another class declares, or a library-only setting that an extra flag may supply."""
-    return _field(default, FromArgs(dest))
+    return _field(default, FromArgs(dest), kw_only)
 
 
 def computed(default: Any, compute: Callable[[Any], Any]) -> Any:
@@ -153,6 +156,7 @@ def _resolve(name: str, annotation: str, options: dict[str, Any]) -> Flag:
         help=options["help"],
         status=options["status"],
         reason=options["reason"],
+        instead=options["instead"],
         inverted=options["inverted"],
     )
 
@@ -229,10 +233,13 @@ def check_config(config: Any, rules: Iterable[Rule]) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """A small derivation over the arguments; `reads` and `writes` name the attributes it may touch."""
+    """A small derivation over the arguments; `reads` and `writes` name the attributes it may touch.
+
+    `run` returns a line for the start-up report, or None.
+    """
 
     name: str
-    run: Callable[[Any], None]
+    run: Callable[[Any], str | None]
     reads: frozenset[str]
     writes: frozenset[str]
 

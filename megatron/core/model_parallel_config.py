@@ -84,12 +84,12 @@ class ModelParallelConfig:
         help="With --tp-comm-overlap: overlap the reduce-scatter with the data-gradient product.")
     tp_comm_split_ag: bool = flag(
         True, off="--disable-tp-comm-split-ag", group="training", status="noop",
-        reason="Transformer Engine replaced it by --disable-tp-comm-overlap-ag",
+        reason="Transformer Engine replaced it", instead="--disable-tp-comm-overlap-ag",
         help="With --tp-comm-overlap: do not split the all-gather into pieces.")
     tp_comm_atomic_ag: bool = from_args("tp_comm_atomic_ag", False)
     tp_comm_split_rs: bool = flag(
         True, off="--disable-tp-comm-split-rs", group="training", status="noop",
-        reason="Transformer Engine replaced it by --disable-tp-comm-overlap-rs",
+        reason="Transformer Engine replaced it", instead="--disable-tp-comm-overlap-rs",
         help="With --tp-comm-overlap: do not split the reduce-scatter into pieces.")
     tp_comm_atomic_rs: bool = from_args("tp_comm_atomic_rs", False)
     cross_entropy_loss_fusion: bool = flag(
@@ -116,7 +116,8 @@ class ModelParallelConfig:
         0, group="distributed",
         help="With --defer-embedding-wgrad-compute: microbatches to defer; 0 means all.")
     pipeline_model_parallel_split_rank: int | None = flag(
-        None, group="distributed", status="deprecated", reason="give --encoder-pipeline-model-parallel-size instead",
+        None, group="distributed", status="deprecated", reason="there is a more general flag",
+        instead="--encoder-pipeline-model-parallel-size",
         help="Pipeline rank at which the decoder starts.")
 
     cpu_offloading: bool = from_args("cpu_offloading", False)

@@ -196,11 +196,11 @@ class TransformerConfig(ModelParallelConfig):
     config_logger_dir: str = flag(
         "", group="config logger", help="Write the constructor arguments of the main objects here as JSON.")
 
-    # Not in v0.9, where only the command line had it.
+    # Not in v0.9, where only the command line has them; keyword-only, so that the positions above stay.
     use_flash_attn: bool = flag(
         False, group="training", status="gpu", kw_only=True,
         help="Demand the flash-attn package for attention; without the flag it is used where it fits.")
-    standalone_embedding_stage: bool = from_args("standalone_embedding_stage", False)
+    standalone_embedding_stage: bool = from_args("standalone_embedding_stage", False, kw_only=True)
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -275,11 +275,14 @@ def query_groups_exist(config: TransformerConfig) -> bool:
 
 
 @rule(RULES, "--num-query-groups", "--tensor-model-parallel-size",
-      bad="--group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4",
-      why="{a.num_query_groups} query groups cannot be divided evenly over {a.tensor_model_parallel_size} ranks",
-      fix="choose a tensor-parallel size that divides the number of query groups")
+      bad="--num-attention-heads 12 --kv-channels 8 --group-query-attention --num-query-groups 6 "
+      "--tensor-model-parallel-size 4",
+      why="{a.num_query_groups} query groups can neither be divided evenly over {a.tensor_model_parallel_size} ranks nor "
+      "shared evenly by them",
+      fix="choose a tensor-parallel size that divides the number of query groups or is a multiple of it")
 def query_groups_divide_over_tensor_ranks(config: TransformerConfig) -> bool:
-    return (config.num_query_groups or 0) % config.tensor_model_parallel_size == 0
+    groups, ranks = config.num_query_groups or 1, config.tensor_model_parallel_size
+    return groups % ranks == 0 or ranks % groups == 0
 
 
 @rule(RULES, "--num-attention-heads", "--num-query-groups",
@@ -384,13 +387,14 @@ def offloading_excludes_recomputation(config: TransformerConfig) -> bool:
     return not config.cpu_offloading or config.recompute_granularity is None
 
 
-@rule(RULES, "--recompute-granularity", bad="--recompute-granularity some",
+# argparse knows the choices, so the next two bind library users.
+@rule(RULES, "--recompute-granularity", bad="",
       why="{a.recompute_granularity} is neither full nor selective", fix="choose one of the two")
 def granularity_is_known(config: TransformerConfig) -> bool:
     return config.recompute_granularity in (None, "full", "selective")
 
 
-@rule(RULES, "--recompute-method", bad="--recompute-granularity full --recompute-method none",
+@rule(RULES, "--recompute-method", bad="",
       why="{a.recompute_method} is neither uniform nor block", fix="choose one of the two")
 def method_is_known(config: TransformerConfig) -> bool:
     return config.recompute_method in (None, "uniform", "block")

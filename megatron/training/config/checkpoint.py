@@ -51,13 +51,13 @@ class CheckpointConfig:
     exit_on_missing_checkpoint: bool = flag(
         False, group="checkpointing", help="End if --load holds no checkpoint, instead of starting anew.")
     use_dist_ckpt_deprecated: bool = flag(
-        False, on="--use-dist-ckpt", group="checkpointing", status="noop", reason="--ckpt-format decides",
-        help="Old way to choose the distributed format.")
+        False, on="--use-dist-ckpt", group="checkpointing", status="noop", reason="another flag decides",
+        instead="--ckpt-format", help="Old way to choose the distributed format.")
     auto_detect_ckpt_format: bool = flag(
         False, group="checkpointing", help="Find out the format of the checkpoint to load by looking at it.")
     dist_ckpt_format_deprecated: str | None = flag(
         None, on="--dist-ckpt-format", parse=None, group="checkpointing", status="noop",
-        reason="--ckpt-format decides", help="Old name of --ckpt-format.")
+        reason="another flag decides", instead="--ckpt-format", help="Old name of --ckpt-format.")
     ckpt_format: str = flag(
         "torch_dist", parse=None, choices=_FORMATS, group="checkpointing",
         help="Format to save in: one file per model rank (torch), or layout-independent pieces.")

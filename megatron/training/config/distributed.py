@@ -17,7 +17,7 @@ class DistributedConfig:
     encoder_pipeline_model_parallel_size: int = flag(
         0, group="distributed", help="Pipeline stages of the encoder, before those of the decoder.")
     model_parallel_size: int | None = flag(
-        None, group="distributed", status="unsupported", reason="it is now called --tensor-model-parallel-size",
+        None, group="distributed", status="unsupported", reason="it was renamed", instead="--tensor-model-parallel-size",
         help="Old name of --tensor-model-parallel-size.")
     num_layers_per_virtual_pipeline_stage: int | None = flag(
         None, group="distributed", help="Interleave the pipeline: layers per model chunk.")

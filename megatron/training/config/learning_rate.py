@@ -29,7 +29,7 @@ class LearningRateConfig:
     lr_warmup_samples: int = flag(0, group="learning rate", help="Samples of linear warm-up.")
     lr_warmup_init: float = flag(0.0, group="learning rate", help="Learning rate at which warm-up starts.")
     warmup: int | None = flag(
-        None, group="learning rate", status="unsupported", reason="it is now called --lr-warmup-fraction",
+        None, group="learning rate", status="unsupported", reason="it was renamed", instead="--lr-warmup-fraction",
         help="Old name of --lr-warmup-fraction, as a percentage.")
     override_opt_param_scheduler: bool = flag(
         False, on="--override-opt_param-scheduler", group="learning rate",

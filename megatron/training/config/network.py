@@ -26,7 +26,8 @@ class NetworkConfig:
         "learned_absolute", choices=("learned_absolute", "rope", "none"), group="network size",
         help="How positions enter the model: a learned table, rotation of queries and keys, or not at all.")
     use_rotary_position_embeddings: bool = flag(
-        False, group="network size", status="deprecated", reason="give --position-embedding-type rope instead",
+        False, group="network size", status="deprecated", reason="there is a more general flag",
+        instead="--position-embedding-type rope",
         help="The same as --position-embedding-type rope.")
     rotary_base: int = flag(10000, group="network size", help="Base of the rotary frequencies.")
     rotary_percent: float = flag(1.0, group="network size", help="Share of each head that is rotated.")

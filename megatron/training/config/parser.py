@@ -32,8 +32,8 @@ from megatron.training.config import (
 )
 
 ALL_CONFIGS: tuple[type, ...] = (
-    network.NetworkConfig,
     TransformerConfig,
+    network.NetworkConfig,
     network.InitializationConfig,
     network.MixedPrecisionConfig,
     network.TransformerEngineConfig,
@@ -99,10 +99,17 @@ OLD_SPELLINGS: dict[str, str | None] = {
     "--json-key": None,
 }
 
+_VALUE_NAMES: dict[Any, str] = {int: "INT", float: "FLOAT"}
+
 
 def all_flags() -> list[Flag]:
     """Every declared flag, in the order of declaration."""
     return [flag for config_class in ALL_CONFIGS for flag in flags_of(config_class)]
+
+
+def explanation(flag: Flag) -> str:
+    """Why a flag has the status it has, and what to give instead."""
+    return f"{flag.reason}; use {flag.instead}" if flag.instead else str(flag.reason)
 
 
 def describe(flag: Flag) -> str:
@@ -114,10 +121,17 @@ def describe(flag: Flag) -> str:
     if flag.status == "gpu":
         notes.append("GPU only")
     elif flag.status == "noop":
-        notes.append(f"no effect: {flag.reason}")
+        notes.append(f"no effect: {explanation(flag)}")
     elif flag.status != "stable":
-        notes.append(f"{flag.status}: {flag.reason}")
+        notes.append(f"{flag.status}: {explanation(flag)}")
     return f"{flag.help} ({'; '.join(notes)})" if notes else flag.help
+
+
+def value_name(flag: Flag) -> str:
+    """What `--help` shows for a flag's value: its choices, or its type."""
+    if flag.choices:
+        return "{" + ",".join(str(choice) for choice in flag.choices if choice is not None) + "}"
+    return _VALUE_NAMES.get(flag.parse, "TEXT")
 
 
 class _Formatter(argparse.HelpFormatter):

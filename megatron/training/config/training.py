@@ -14,7 +14,7 @@ class TrainingConfig:
     # fmt: off
     micro_batch_size: int | None = flag(None, group="training", help="Samples in one forward pass of one replica.")
     batch_size: int | None = flag(
-        None, group="training", status="unsupported", reason="it is now called --micro-batch-size",
+        None, group="training", status="unsupported", reason="it was renamed", instead="--micro-batch-size",
         help="Old name of --micro-batch-size.")
     global_batch_size: int | None = flag(
         None, group="training", help="Samples per optimizer step; default micro batch x data-parallel size.")
@@ -27,7 +27,7 @@ class TrainingConfig:
     recompute_activations: bool = flag(
         False, group="training", help="The same as --recompute-granularity selective.")
     checkpoint_activations: bool = flag(
-        False, group="training", status="unsupported", reason="it is now called --recompute-activations",
+        False, group="training", status="unsupported", reason="it was renamed", instead="--recompute-activations",
         help="Old name of --recompute-activations.")
     train_iters: int | None = flag(None, group="training", help="Optimizer steps to train for.")
     train_samples: int | None = flag(None, group="training", help="Samples to train for, instead of --train-iters.")

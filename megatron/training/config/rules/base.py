@@ -9,7 +9,7 @@ from megatron.core.errors import FlagError
 from megatron.core.flags import Flag, Rule
 from megatron.core.kernels import capability
 from megatron.training.cli import MachineError
-from megatron.training.config.parser import all_flags
+from megatron.training.config.parser import all_flags, explanation
 
 #: Checked on what was given, before anything is derived from it.
 GIVEN: list[Rule] = []
@@ -31,12 +31,14 @@ def check_supported(args: Any) -> None:
     """Raise FlagError if a flag of something this project does not have is away from its default."""
     for flag in all_flags():
         if flag.status == "unsupported" and getattr(args, flag.dest, flag.cli_default) != flag.cli_default:
-            raise FlagError(flag.spellings[0], f"not supported: {flag.reason}", "remove the flag")
+            fix = "remove the flag" if flag.instead is None else f"give {flag.instead}"
+            raise FlagError(flag.spellings[0], f"not supported: {flag.reason}", fix)
 
 
 def _line(flag: Flag) -> str | None:
     if flag.status in ("noop", "deprecated"):
-        return f"{flag.spellings[0]} {'has no effect' if flag.status == 'noop' else 'is deprecated'}: {flag.reason}"
+        effect = "has no effect" if flag.status == "noop" else "is deprecated"
+        return f"{flag.spellings[0]} {effect}: {explanation(flag)}"
     if flag.status == "gpu" and not capability.probe().has_cuda:
         return f"{flag.spellings[0]} has no effect: it needs a CUDA device"
     return None

@@ -34,12 +34,12 @@ def learning_rate_given(args: Any) -> bool:
     return args.lr is not None or args.skip_train
 
 
-@rule(TRAINING, "--lr", bad="--lr -1e-3", why="a learning rate of {a.lr} climbs the loss", fix="give 0 or more")
+@rule(TRAINING, "--lr", bad="--lr=-1e-3 --min-lr=-1", why="a learning rate of {a.lr} climbs the loss", fix="give 0 or more")
 def learning_rate_descends(args: Any) -> bool:
     return args.lr is None or args.lr >= 0
 
 
-@rule(TRAINING, "--min-lr", bad="--min-lr -1e-3", why="a learning rate of {a.min_lr} climbs the loss",
+@rule(TRAINING, "--min-lr", bad="--min-lr=-1e-3", why="a learning rate of {a.min_lr} climbs the loss",
       fix="give 0 or more")
 def smallest_learning_rate_descends(args: Any) -> bool:
     return args.min_lr >= 0

@@ -13,6 +13,21 @@ _DETERMINISTIC_NCCL = ("Tree", "Ring", "CollnetDirect", "CollnetChain", "^NVLS")
 
 
 # fmt: off
+# ---- determinism
+
+@rule(GIVEN, "--deterministic-mode", "--use-flash-attn", bad="--deterministic-mode --use-flash-attn",
+      why="flash attention sums gradients in no fixed order", fix="drop --use-flash-attn")
+def deterministic_excludes_flash_attention(args: Any) -> bool:
+    return not (args.deterministic_mode and args.use_flash_attn)
+
+
+@rule(GIVEN, "--deterministic-mode", "--cross-entropy-loss-fusion",
+      bad="--deterministic-mode --cross-entropy-loss-fusion",
+      why="the fused loss is not deterministic", fix="drop --cross-entropy-loss-fusion")
+def deterministic_excludes_fused_loss(args: Any) -> bool:
+    return not (args.deterministic_mode and args.cross_entropy_loss_fusion)
+
+
 # ---- what the machine must have
 
 @rule(DERIVED, "--sequence-parallel", bad="--sequence-parallel --tensor-model-parallel-size 2",
@@ -71,18 +86,3 @@ def flash_attention_needs_cuda(args: Any) -> bool:
       why="fp8 matrix products need a CUDA device", fix="drop the flag", device="cpu")
 def fp8_needs_cuda(args: Any) -> bool:
     return args.fp8 is None
-
-
-# ---- determinism
-
-@rule(GIVEN, "--deterministic-mode", "--use-flash-attn", bad="--deterministic-mode --use-flash-attn",
-      why="flash attention sums gradients in no fixed order", fix="drop --use-flash-attn")
-def deterministic_excludes_flash_attention(args: Any) -> bool:
-    return not (args.deterministic_mode and args.use_flash_attn)
-
-
-@rule(GIVEN, "--deterministic-mode", "--cross-entropy-loss-fusion",
-      bad="--deterministic-mode --cross-entropy-loss-fusion",
-      why="the fused loss is not deterministic", fix="drop --cross-entropy-loss-fusion")
-def deterministic_excludes_fused_loss(args: Any) -> bool:
-    return not (args.deterministic_mode and args.cross_entropy_loss_fusion)

@@ -10,7 +10,7 @@ from megatron.training.config.rules.base import DERIVED, GIVEN
 
 
 def total_layers(args: Any) -> int:
-    return args.numtotal_layers if args.numtotal_layers is not None else args.encoder_numtotal_layers
+    return args.num_layers if args.num_layers is not None else args.encoder_num_layers
 
 
 # fmt: off
@@ -133,10 +133,10 @@ def rope_scaling_divides(args: Any) -> bool:
     return args.rope_scaling_factor > 0
 
 
-@rule(GIVEN, "--swiglu", "--squared-relu", bad="--swiglu --squared-relu", why="an MLP has one activation",
-      fix="keep one of the two")
+@rule(GIVEN, "--swiglu", "--squared-relu", "--openai-gelu", bad="--swiglu --squared-relu",
+      why="an MLP has one activation", fix="keep one of the three")
 def one_activation(args: Any) -> bool:
-    return not (args.swiglu and args.squared_relu)
+    return args.swiglu + args.squared_relu + args.openai_gelu <= 1
 
 
 @rule(DERIVED, "--make-vocab-size-divisible-by", bad="--make-vocab-size-divisible-by 0",
