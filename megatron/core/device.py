@@ -77,8 +77,16 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 
 def memory_stats() -> dict[str, int]:
-    """Allocated, peak and reserved bytes of the device; zeros on the CPU, which torch does not count."""
-    names = ("allocated_bytes", "max_allocated_bytes", "reserved_bytes", "max_reserved_bytes")
+    """Allocated, peak and reserved bytes of the device and its live allocations; zeros on the CPU, which torch
+    does not count.
+    """
+    names = (
+        "allocated_bytes",
+        "max_allocated_bytes",
+        "reserved_bytes",
+        "max_reserved_bytes",
+        "allocated_count",
+    )
     if not available():
         return dict.fromkeys(names, 0)
     values = (
@@ -86,6 +94,7 @@ def memory_stats() -> dict[str, int]:
         torch.cuda.max_memory_allocated(),
         torch.cuda.memory_reserved(),
         torch.cuda.max_memory_reserved(),
+        torch.cuda.memory_stats().get("allocation.all.current", 0),
     )
     return dict(zip(names, values))
 

@@ -42,3 +42,7 @@ class DataError(MegatronError):
 
 class InvariantError(ConfigError, AssertionError):
     """A ConfigError where v0.9 asserts, so that callers who catch AssertionError there keep working."""
+
+
+class TrainingError(MegatronError):
+    """A run cannot go on: a loss or gradient is not a number, replicas disagree, a rank is lost."""

@@ -174,7 +174,7 @@ class Timers:
         All ranks must call. Unknown names are left out; times <= 0 of a rank are ignored.
         """
         assert normalizer > 0.0, f"normalizer must be positive, got {normalizer}"
-        names = [name for name in (self._timers if names is None else names) if name in self._timers]
+        names = list(self._timers if names is None else names)
         times = self._times_of_all_ranks(names, reset, barrier) * (1000.0 / normalizer)
         if self._log_option == "all":
             return self._every_rank(names, times)
@@ -211,17 +211,19 @@ class Timers:
     ) -> None:
         """Write the largest time over ranks, seconds / normalizer, as scalar `<name>-time`. All ranks must call."""
         assert normalizer > 0.0, f"normalizer must be positive, got {normalizer}"
-        names = [name for name in names if name in self._timers]
         times = self._times_of_all_ranks(names, reset, barrier) / normalizer
         if writer is not None:
             for name, (_, high) in self._extremes(names, times).items():
                 writer.add_scalar(f"{name}-time", high, iteration)
 
     def _times_of_all_ranks(self, names: Sequence[str], reset: bool, barrier: bool) -> Tensor:
-        """Seconds [ranks, names]."""
+        """Seconds [ranks, names]; 0 where a rank has no such timer, as stages of a pipeline may differ."""
         if barrier and dist.is_initialized():
             dist.barrier()
-        mine = torch.tensor([self._timers[name].elapsed(reset=reset) for name in names], dtype=torch.float)
+        mine = torch.tensor(
+            [self._timers[name].elapsed(reset=reset) if name in self._timers else 0.0 for name in names],
+            dtype=torch.float,
+        )
         if not dist.is_initialized():
             return mine.unsqueeze(0)
         mine = mine.to(device.current())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -36,8 +37,26 @@ def stop(error: MegatronError) -> NoReturn:
 
 
 def run_main(main: Callable[[], object]) -> None:
-    """Run an entry point's `main`; errors meant for people end the process without a traceback."""
+    """Run an entry point's `main`; errors meant for people end the process without a traceback.
+
+    A process that ends well leaves the process group first: its threads must not outlive the interpreter. One that ends
+    badly does not wait for peers that wait for it: the launcher takes them down.
+    """
     try:
         main()
     except MegatronError as error:
-        stop(error)
+        with contextlib.suppress(SystemExit):
+            stop(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
+    except SystemExit:
+        _leave_world()
+        raise
+    _leave_world()
+
+
+def _leave_world() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.core.utils import get_attr_wrapped_model, get_model_type
 from torch import Tensor
 from torch.autograd.variable import Variable
 
@@ -15,6 +14,7 @@ from megatron.core import device, parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.transformer.moe.aux_losses import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model, get_model_type
 
 Tensors = list[Tensor | None]
 

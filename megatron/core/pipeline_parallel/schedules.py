@@ -7,13 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.utils import (
-    drain_embedding_wgrad_compute,
-    get_attr_wrapped_model,
-    get_model_config,
-    get_model_type,
-    get_model_xattn,
-)
 from torch import Tensor
 
 from megatron.core import parallel_state
@@ -32,6 +25,13 @@ from megatron.core.pipeline_parallel.microbatch import (
 from megatron.core.pipeline_parallel.p2p_communication import Shape
 from megatron.core.pipeline_parallel.plan import Geometry, forward_only, make_plan
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import (
+    drain_embedding_wgrad_compute,
+    get_attr_wrapped_model,
+    get_model_config,
+    get_model_type,
+    get_model_xattn,
+)
 
 __all__ = [
     "backward_step",

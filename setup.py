@@ -1,0 +1,56 @@
+"""Packaging: `pip install .` installs the library, the training shell and the console scripts."""
+
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+HERE = Path(__file__).parent
+PACKAGE_INFO: dict[str, str] = {}
+exec((HERE / "megatron/core/package_info.py").read_text(encoding="utf-8"), PACKAGE_INFO)
+
+TOKENIZERS = ["tokenizers", "sentencepiece", "tiktoken", "regex"]
+EXTRAS = {
+    "gpu": ["triton"],
+    "te": ["transformer-engine[pytorch]"],
+    "flash-attn": ["flash-attn"],
+    "eval": ["transformers", "safetensors", "nltk"],
+    "data": ["zstandard", "pyarrow", "fsspec", "nltk"],
+    "wandb": ["wandb"],
+    "plot": ["matplotlib"],
+    "ray": ["ray"],
+}
+EXTRAS["dev"] = sorted(
+    {
+        *EXTRAS["eval"],
+        *EXTRAS["data"],
+        *EXTRAS["plot"],
+        *EXTRAS["gpu"],
+        "hypothesis",
+        "import-linter",
+        "mypy",
+        "pytest",
+        "ruff",
+        "types-PyYAML",
+    }
+)
+
+setup(
+    name="megatron-cli",
+    version=PACKAGE_INFO["__version__"],
+    description="Megatron-style pretraining that runs every parallel layout on a laptop and on a cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(include=["megatron", "megatron.*"]),
+    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5"],
+    install_requires=["torch>=2.6", "numpy", "tqdm", "pyyaml", "tensorboard", *TOKENIZERS],
+    extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "pretrain-gpt = pretrain_gpt:main",
+            "pretrain-bert = pretrain_bert:main",
+            "pretrain-t5 = pretrain_t5:main",
+            "preprocess-data = megatron.training.preprocessing.cli:main",
+        ]
+    },
+)
