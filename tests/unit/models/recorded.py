@@ -137,7 +137,7 @@ def run(name: str, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str
         logits, binary = model(*inputs)
         per_token, binary_trained = model(*inputs, lm_labels=batch["labels"])
         lm_loss = masked_mean(per_token, batch["loss_mask"])
-        sop_loss = F.cross_entropy(binary_trained.float(), batch["is_random"])
+        sop_loss = F.cross_entropy(binary_trained, batch["is_random"])
         return {
             "logits": logits,
             "binary_logits": binary,

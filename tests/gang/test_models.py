@@ -1,0 +1,71 @@
+"""Models cut over ranks against v0.9's recorded norms and, gradient by gradient in float64, against one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from tests.gang.harness import run_gang
+from tests.gang.model_runs import Cut, reference, run_cut
+from tests.unit.models import recorded
+
+
+@pytest.fixture(autouse=True)
+def _random_states() -> None:
+    get_cuda_rng_tracker().reset()
+    get_cuda_rng_tracker().add("model-parallel-rng", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "cut"),
+    [
+        ("gpt", "tp2pp2", Cut(tp=2, pp=2)),
+        ("llama", "tp2pp2", Cut(tp=2, pp=2)),
+        ("bert", "tp2pp2", Cut(tp=2, pp=2)),
+        ("t5", "tp2pp1", Cut(tp=2)),
+        # The recording has each stage's own share of the position table's gradient.
+        ("t5", "tp2enc1dec1", Cut(tp=2, encoder_pp=1, join_positions=False)),
+    ],
+)
+def test_recorded_layout(name: str, layout: str, cut: Cut) -> None:
+    """Every rank's gradient norms are those v0.9 computed in the same layout."""
+    weights = {key: t.double() for key, t in recorded.weights(name).items() if isinstance(t, torch.Tensor)}
+    results = run_gang(cut.world_size, run_cut, name, cut, weights, None)
+    expected = recorded.grad_norms(name, f"_{layout}")
+    for rank, result in enumerate(results):
+        norms = expected[f"t{rank % cut.tp}p{rank // cut.tp}e0d0"]
+        assert result["norms"].keys() == norms.keys()
+        for key, norm in norms.items():
+            assert result["norms"][key] == pytest.approx(norm, rel=1e-5, abs=1e-6), f"rank {rank}: {key}"
+
+
+LAYOUTS = [
+    ("gpt", Cut(tp=2)),
+    ("gpt", Cut(tp=2, sequence_parallel=True)),
+    ("gpt", Cut(tp=4, sequence_parallel=True)),
+    ("vpp", Cut(pp=4)),
+    ("vpp", Cut(pp=2, vpp=2)),
+    ("vpp", Cut(pp=2, changes={"first_pipeline_num_layers": 1})),
+    ("vpp", Cut(tp=2, pp=2, vpp=2, sequence_parallel=True)),
+    ("vpp", Cut(pp=2, changes={"standalone_embedding_stage": True})),
+    ("llama", Cut(tp=2, sequence_parallel=True)),
+    ("llama", Cut(tp=4)),  # two ranks share each group of keys and values
+    ("llama", Cut(tp=4, sequence_parallel=True)),
+    ("gpt", Cut(cp=2)),
+    ("llama", Cut(cp=2)),
+    ("llama", Cut(tp=2, cp=2, sequence_parallel=True)),
+    ("bert", Cut(tp=2, sequence_parallel=True)),
+    ("bert", Cut(pp=2)),
+    ("t5", Cut(tp=2, sequence_parallel=True)),
+    ("t5", Cut(encoder_pp=1)),
+]
+
+
+@pytest.mark.parametrize(("name", "cut"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
+def test_layout_equals_one_process(name: str, cut: Cut) -> None:
+    weights, gradients, result = reference(name)
+    for rank in run_gang(cut.world_size, run_cut, name, cut, weights, gradients):
+        assert rank["worst"][0] < 1e-11, rank["worst"]
+        if rank["loss"] is not None:
+            assert rank["loss"] == pytest.approx(result["loss"].item(), rel=1e-12)
