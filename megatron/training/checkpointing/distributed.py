@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as mpu
-from megatron.core.dist_checkpointing import durable
+from megatron.core.dist_checkpointing import durable, serialization
 from megatron.core.dist_checkpointing.agreement import rank, together, world_size
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
 from megatron.training.checkpointing import asynchronous
 from megatron.training.checkpointing.layout import Tracked
 from megatron.training.checkpointing.state import generate_state_dict, get_rng_state, say, unsafe_allowed
@@ -39,10 +44,8 @@ def write(
     args: Namespace,
 ) -> None:
     """Save into the staging directory, then `announce`; with --async-save the latter happens when it is durable."""
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-
     final = Path(save_dir) / Tracked(iteration).directory
-    strategy = dist_checkpointing.serialization.get_default_save_sharded_strategy(args.ckpt_format)
+    strategy = serialization.get_default_save_sharded_strategy(args.ckpt_format)
     if args.ckpt_fully_parallel_save:
         strategy = FullyParallelSaveStrategyWrapper(
             strategy,
@@ -54,7 +57,7 @@ def write(
         optimizer_options["sharding_type"] = _MODEL_SPACE if args.ckpt_fully_parallel_save else _DP_ZERO
     state = assemble(True, optimizer_options)
     staged = durable.staging_path(final)
-    request = dist_checkpointing.save(state, str(staged), strategy, async_sharded_save=bool(args.async_save))
+    request = serialization.save(state, str(staged), strategy, async_sharded_save=bool(args.async_save))
     if request is None:
         announce()
         return
@@ -97,15 +100,42 @@ def read(
         use_dist_ckpt=True,
         optim_sd_kwargs=optimizer_options,
     )
-    state = dist_checkpointing.load(
+    wanted_optimizer = dict(request.get("optimizer") or {})
+    state = serialization.load(
         request,
         str(source.path),
         _load_strategy(args),
+        TorchCommonLoadStrategy(unsafe_allowed(args)),
         strict=args.dist_ckpt_strictness,
         key_fallbacks=key_fallbacks,
-        allow_unsafe_pickle=unsafe_allowed(args),
     )
+    if with_optimizer and "optimizer" in state:
+        _fit_optimizer(state["optimizer"], wanted_optimizer)
     return {**state, "distributed": True}
+
+
+def _fit_optimizer(stored: dict[Any, Any], wanted: dict[Any, Any]) -> None:
+    """Move what is common to all optimizers to where this run's kind keeps it, in place.
+
+    The fp32 optimizer has its parameter groups at the top, the others under `optimizer`; the step count is in the
+    groups or beside the state. Chained optimizers are numbered.
+    """
+    if "optimizer" not in wanted and "param_groups" not in wanted:
+        for number in wanted:
+            _fit_optimizer(stored[number], wanted[number])
+        return
+    theirs = stored if "param_groups" in stored else stored.get("optimizer", {})
+    groups = theirs.get("param_groups", [])
+    step = theirs.get("state", {}).get("common_step")
+    for group in groups:
+        if step is not None:
+            group.setdefault("step", int(step))
+    if "param_groups" in wanted:
+        stored["param_groups"] = groups
+    elif isinstance(stored.setdefault("optimizer", {}), dict):
+        stored["optimizer"]["param_groups"] = groups
+    if "param_state_sharding_type" in wanted:
+        stored["param_state_sharding_type"] = wanted["param_state_sharding_type"]
 
 
 def key_fallbacks(key: str) -> list[str]:
@@ -136,10 +166,8 @@ def _sharding_type(saved: Any) -> str:
 
 
 def _load_strategy(args: Namespace) -> Any:
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-
-    strategy = TorchDistLoadShardedStrategy()
+    strategy = get_default_strategy(StrategyAction.LOAD_SHARDED, "torch_dist", 1)
+    strategy = strategy.with_unsafe_pickle(unsafe_allowed(args))
     if args.ckpt_fully_parallel_load:
         return FullyParallelLoadStrategyWrapper(
             strategy, mpu.get_data_parallel_group(with_context_parallel=True)

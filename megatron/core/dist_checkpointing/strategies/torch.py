@@ -431,6 +431,10 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
     def __init__(self, allow_unsafe_pickle: bool = False) -> None:
         self.allow_unsafe_pickle = allow_unsafe_pickle
 
+    def with_unsafe_pickle(self, allow: bool) -> TorchDistLoadShardedStrategy:
+        """The same strategy, which loads even files that could run code if `allow`."""
+        return TorchDistLoadShardedStrategy(allow)
+
     @property
     def can_handle_sharded_objects(self) -> bool:
         """Objects lie in the same files."""
