@@ -15,6 +15,7 @@ import importlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import random
 import sys
 import tempfile
@@ -71,10 +72,10 @@ def _serve(
         dist.init_process_group(
             "gloo", init_method=f"file://{meeting_file}", rank=rank, world_size=world_size
         )
-        pipe.send(None)
+        pipe.send_bytes(pickle.dumps(None))
         while True:
             try:
-                module, name, args, kwargs, timeout_s = pipe.recv()
+                module, name, args, kwargs, timeout_s = pickle.loads(pipe.recv_bytes())
             except (EOFError, ConnectionResetError):
                 return
             faulthandler.dump_traceback_later(timeout_s, file=stacks)
@@ -82,16 +83,24 @@ def _serve(
                 body = importlib.import_module(module)
                 for part in name.split("."):
                     body = getattr(body, part)
-                reply = body(*args, **kwargs)  # type: ignore[operator]
+                # Plain pickles carry values; multiprocessing's own would share memory with a living worker.
+                reply = pickle.dumps(body(*args, **kwargs))  # type: ignore[operator]
             except BaseException:  # noqa: BLE001  (whatever a test raises belongs into its report)
-                reply = _Failure(traceback.format_exc())
+                reply = _failure()
             finally:
                 faulthandler.cancel_dump_traceback_later()
             try:
                 _forget_everything()
             except Exception:  # noqa: BLE001
-                reply = reply if isinstance(reply, _Failure) else _Failure(traceback.format_exc())
-            pipe.send(reply)
+                # The next body would run in a dirty world; what broke first comes with the process's end.
+                traceback.print_exc()
+                pipe.send_bytes(_failure())
+                return
+            pipe.send_bytes(reply)
+
+
+def _failure() -> bytes:
+    return pickle.dumps(_Failure(traceback.format_exc()))
 
 
 def _forget_everything() -> None:
@@ -147,8 +156,9 @@ class Gang:
 
     def run(self, body: Callable[..., Any], args: tuple, kwargs: dict, timeout_s: float) -> list[Any]:
         """One result per rank; GangError if any rank failed."""
+        message = pickle.dumps((body.__module__, body.__qualname__, args, kwargs, timeout_s))
         for worker in self.workers:
-            worker.pipe.send((body.__module__, body.__qualname__, args, kwargs, timeout_s))
+            worker.pipe.send_bytes(message)
         return self._collect(timeout_s)
 
     def _collect(self, timeout_s: float) -> list[Any]:
@@ -165,7 +175,7 @@ class Gang:
             for pipe in ready:
                 worker = waiting.pop(pipe)  # type: ignore[call-overload]
                 try:
-                    results[worker.rank] = worker.pipe.recv()
+                    results[worker.rank] = pickle.loads(worker.pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     worker.process.join(5)
                     results[worker.rank] = _Failure(

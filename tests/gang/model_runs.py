@@ -102,7 +102,9 @@ def _initialise(cut: Cut) -> None:
 
 
 def _t5_embedding_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
-    return sorted({pp_ranks[0], pp_ranks[parallel_state.get_pipeline_model_parallel_decoder_start() or 1], pp_ranks[-1]})
+    return sorted(
+        {pp_ranks[0], pp_ranks[parallel_state.get_pipeline_model_parallel_decoder_start() or 1], pp_ranks[-1]}
+    )
 
 
 def _t5_position_ranks(pp_ranks: list[int], split_rank: int | None = None) -> list[int]:
@@ -123,7 +125,10 @@ def _build(name: str, cut: Cut) -> list[torch.nn.Module]:
     if cut.encoder_pp:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         encoder_config = recorded.config_of(
-            name, tensor_model_parallel_size=cut.tp, pipeline_model_parallel_size=cut.encoder_pp, pipeline_dtype=torch.float64
+            name,
+            tensor_model_parallel_size=cut.tp,
+            pipeline_model_parallel_size=cut.encoder_pp,
+            pipeline_dtype=torch.float64,
         )
         last = cut.encoder_pp + cut.pp - 1
         model = recorded.build(
@@ -153,7 +158,10 @@ def piece_of(whole: dict[str, Tensor], chunk: torch.nn.Module, key: str, paramet
     tensor = whole[_global_name(chunk, key, whole)]
     if not getattr(parameter, "tensor_model_parallel", False):
         return tensor
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    tp, rank = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_rank(),
+    )
     dim = parameter.partition_dim
     if "linear_fc1" in key and tensor.size(0) > parameter.size(0) and chunk.config.gated_linear_unit:
         return torch.cat([half.chunk(tp, dim)[rank] for half in tensor.chunk(2, dim)], dim)
@@ -252,7 +260,9 @@ def _loss(name: str, cut: Cut, chunk: torch.nn.Module, batch: dict[str, Tensor])
 
 def _losses_only(name: str, chunk: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     if name == "bert":
-        per_token, binary = chunk(batch["tokens"], batch["padding_mask"], batch["types"], lm_labels=batch["labels"])
+        per_token, binary = chunk(
+            batch["tokens"], batch["padding_mask"], batch["types"], lm_labels=batch["labels"]
+        )
         order = torch.nn.functional.cross_entropy(binary, batch["is_random"])
         return recorded.masked_mean(per_token, batch["loss_mask"]) + order
     if name == "t5":
@@ -274,7 +284,9 @@ def _join_gradients(cut: Cut, chunks: list[torch.nn.Module]) -> None:
             if cut.cp > 1:
                 dist.all_reduce(parameter.grad, group=groups.cp)
             head_norm = "q_layernorm" in key or "k_layernorm" in key
-            if cut.tp > 1 and ((cut.sequence_parallel and getattr(parameter, "sequence_parallel", False)) or head_norm):
+            if cut.tp > 1 and (
+                (cut.sequence_parallel and getattr(parameter, "sequence_parallel", False)) or head_norm
+            ):
                 dist.all_reduce(parameter.grad, group=groups.tp)
     if groups.size("pp") > 1 and dist.get_rank() in groups.ranks["embd"]:
         first = parallel_state.get_pipeline_model_parallel_rank() == 0
