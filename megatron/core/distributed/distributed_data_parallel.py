@@ -267,15 +267,16 @@ class DistributedDataParallel(MegatronModule):
 
     # State: the wrapper adds no level to the names ----------------------------------------------------------------
 
-    def state_dict(
-        self, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(  # type: ignore[override]
+        self, prefix: str = "", keep_vars: bool = False, *, destination: Any = None
+    ) -> dict[str, Any]:
         """The wrapped module's state dict."""
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """The wrapped module's state dict for a checkpoint."""
-        return self.module.state_dict_for_save_checkpoint(prefix=prefix, keep_vars=keep_vars)
+        save_view: Any = self.module.state_dict_for_save_checkpoint
+        return save_view(prefix=prefix, keep_vars=keep_vars)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:  # type: ignore[override]
         """Load into the wrapped module; returns torch's missing and unexpected keys."""

@@ -343,11 +343,10 @@ def partition_buckets(
     assert all(buffer.data_parallel_group is first.data_parallel_group for buffer in buffers), (
         "buffers of different data-parallel groups cannot be partitioned together"
     )
-
-    def make(buckets: list[_ParamAndGradBucket]) -> _ParamAndGradBucketGroup:
-        return _ParamAndGradBucketGroup(
-            buckets, first.ddp_config, first.data_parallel_group, first.data_parallel_world_size
-        )
-
     buckets = [bucket for buffer in buffers for bucket in buffer.buckets]
-    return [make(buckets)] if force_single_bucket_group else [make([bucket]) for bucket in buckets]
+    return [
+        _ParamAndGradBucketGroup(
+            together, first.ddp_config, first.data_parallel_group, first.data_parallel_world_size
+        )
+        for together in ([buckets] if force_single_bucket_group else [[bucket] for bucket in buckets])
+    ]

@@ -350,7 +350,7 @@ class ParameterStateFormats:
             for key, tensor in self._tensors(piece).items():
                 tensor.copy_(state_dict[number]["fp32_param" if key == "param" else key])
 
-    def get_parameter_state_fs_bucket_space(self) -> dict[str, Any]:
+    def get_parameter_state_fs_bucket_space(self) -> dict[Any, Any]:
         """This rank's part of every bucket: `{"per_bucket_numel": .., "per_bucket_numel_unpadded": .., buffer index:
         {(param dtype, grad dtype): [one {"param", "exp_avg", "exp_avg_sq"} of 1-D tensors per bucket]}}`."""
         self.init_state_fn(self.optimizer)

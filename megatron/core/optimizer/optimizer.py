@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -250,14 +250,9 @@ def sharded_torch_state(
 
 
 def portable_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Parameter groups without their parameters, in an order that does not depend on the rank."""
+    """Parameter groups without their parameters, the decaying ones first on every rank."""
     bare = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-    return sorted(bare, key=lambda group: _portable_rank(group))
-
-
-def _portable_rank(group: Mapping[str, Any]) -> tuple[bool, float, float, bool]:
-    key = group_key(dict(group))
-    return key.is_expert_parallel, -key.wd_mult, key.lr_mult, key.is_decoupled_lr
+    return sorted(bare, key=lambda group: -group_key(group).wd_mult)
 
 
 def restore_torch_state(optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
