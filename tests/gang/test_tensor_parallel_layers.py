@@ -142,7 +142,7 @@ def test_small_model(
 
 def _input_gradients(sequence_parallel: bool, frozen: bool) -> list[float]:
     """The gradient that leaves the layers, with trained and with frozen weights, gathered and scattered ends."""
-    tp, rank = _start()
+    tp, _ = _start()
     dtype = torch.float64
     config = _config(tp, dtype, sequence_parallel=sequence_parallel)
     torch.manual_seed(1)
