@@ -84,10 +84,9 @@ def _shown(args: argparse.Namespace) -> list[str]:
 
 def _print_args(title: str, args: argparse.Namespace) -> None:
     """Print every argument the way v0.9 does: name, dots up to column 50, value."""
-    print(f"------------------------ {title} ------------------------", flush=True)
-    for name in _shown(args):
-        print(f"  {name} {'.' * (48 - len(name))} {getattr(args, name)}", flush=True)
-    print(f"-------------------- end of {title} ---------------------", flush=True)
+    lines = (f"  {name} {'.' * (48 - len(name))} {getattr(args, name)}" for name in _shown(args))
+    head, end = f"{'-' * 24} {title} {'-' * 24}", f"{'-' * 20} end of {title} {'-' * 21}"
+    print("\n".join((head, *lines, end)), flush=True)
 
 
 def _print_origins(args: argparse.Namespace, before: dict[str, Any]) -> None:
