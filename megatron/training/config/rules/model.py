@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core.flags import rule
 from megatron.core.kernels import capability
+from megatron.core.transformer import transformer_config
 from megatron.training.config.rules.base import DERIVED, GIVEN
 
 
@@ -38,10 +39,9 @@ def heads_given(args: Any) -> bool:
     return args.num_attention_heads is not None
 
 
-@rule(GIVEN, "--num-attention-heads", bad="--num-attention-heads 0",
-      why="attention with {a.num_attention_heads} heads has no output", fix="give at least one head")
-def heads_exist(args: Any) -> bool:
-    return args.num_attention_heads >= 1
+# The next and two below are the configuration's own rules: what they read has the same name among arguments, and
+# validation checks them although it builds no configuration.
+GIVEN += [each for each in transformer_config.SHAPE_RULES if each.holds is transformer_config.heads_exist]
 
 
 @rule(GIVEN, "--max-position-embeddings", bad="-max-position-embeddings",
@@ -95,10 +95,7 @@ def positions_enter_somehow(args: Any) -> bool:
     return args.add_position_embedding or args.position_embedding_type == "rope"
 
 
-@rule(DERIVED, "--rotary-interleaved", "--no-rope-fusion", bad="--rotary-interleaved",
-      why="the fused rotary kernel rotates halves, not pairs", fix="add --no-rope-fusion")
-def fused_rope_rotates_halves(args: Any) -> bool:
-    return not (args.rotary_interleaved and args.apply_rope_fusion)
+DERIVED += [each for each in transformer_config.RULES if each.holds is transformer_config.fused_rope_rotates_halves]
 
 
 @rule(DERIVED, "--rotary-percent", bad="--position-embedding-type rope --rotary-percent 1.5",
@@ -198,9 +195,7 @@ def upcycling_has_experts(args: Any) -> bool:
 
 # ---- precision
 
-@rule(GIVEN, "--fp16", "--bf16", bad="--fp16 --bf16", why="parameters have one type", fix="keep one of the two")
-def one_half_precision(args: Any) -> bool:
-    return not (args.fp16 and args.bf16)
+GIVEN += [each for each in transformer_config.RULES if each.holds is transformer_config.one_half_precision]
 
 
 @rule(GIVEN, "--fp16-lm-cross-entropy", "--fp16", bad="--fp16-lm-cross-entropy", why="the logits are not float16",
