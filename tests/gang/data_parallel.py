@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Network(torch.nn.Module):
         super().__init__()
         torch.manual_seed(7)
         self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(a, b, dtype=dtype) for a, b in zip(WIDTHS, WIDTHS[1:])
+            torch.nn.Linear(a, b, dtype=dtype) for a, b in pairwise(WIDTHS)
         )
         self.norm = torch.nn.LayerNorm(WIDTHS[1], dtype=dtype)
 
