@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import numpy
@@ -16,9 +16,7 @@ UNKNOWN = "[UNK]"
 MAX_WORD_LENGTH = 200
 MAX_CACHED_WORDS = 1 << 20
 MAX_CACHED_WORD_LENGTH = 64
-CONTROLS_THAT_SPLIT = (
-    "\x0b\x0c\x1c\x1d\x1e\x1f\x85"  # str.split() cuts here; BERT drops them and joins the sides
-)
+ASCII_PUNCTUATION = r"!-/:-@\[-`{-~"  # as part of a character class
 CJK_RANGES = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
     (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
@@ -63,6 +61,35 @@ def _is_punctuation(character: str) -> bool:
     return unicodedata.category(character).startswith("P")
 
 
+class _Table(dict[int, str | None]):
+    """A table for str.translate that is filled by a function of the character."""
+
+    def __init__(self, replace: Callable[[str], str | None]) -> None:
+        super().__init__()
+        self.replace = replace
+
+    def __missing__(self, code: int) -> str | None:
+        self[code] = replacement = self.replace(chr(code))
+        return replacement
+
+
+def _clean(character: str) -> str | None:
+    if _is_dropped(character):
+        return None
+    if _is_space(character):
+        return " "
+    return f" {character} " if _is_cjk(character) else character
+
+
+def _isolate(character: str) -> str:
+    return f" {character} " if _is_punctuation(character) else character
+
+
+_CLEAN = _Table(_clean)
+_ISOLATE = _Table(_isolate)
+_ISOLATE_AND_STRIP = _Table(lambda c: None if unicodedata.category(c) == "Mn" else _isolate(c))
+
+
 class BasicTokenizer:
     """Text to words: clean, isolate ideographs and punctuation, lower-case and drop accents if asked."""
 
@@ -71,10 +98,13 @@ class BasicTokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """The words of `text` in order."""
-        return ["".join(character for character, _ in word) for word in self.spelled_words(text)]
+        text = " ".join(text.translate(_CLEAN).split())
+        if self.do_lower_case:
+            text = unicodedata.normalize("NFD", text.lower())
+        return text.translate(_ISOLATE_AND_STRIP if self.do_lower_case else _ISOLATE).split()
 
     def spelled_words(self, text: str) -> list[Spelled]:
-        """The words of `text`, each character with its source position."""
+        """The words that `tokenize` gives, each character with its source position."""
         clean: Spelled = []
         for position, character in enumerate(text):
             if _is_dropped(character):
@@ -162,23 +192,19 @@ class WordpieceTokenizer:
         return pieces
 
 
-class _WordIds(dict[str, list[int]]):
-    """Whitespace-delimited raw text -> ids, filled on demand and bounded.
+class _Memo(dict[str, list[int]]):
+    """Text -> ids by a function, remembered for short texts as long as there are not too many."""
 
-    Every step of basic tokenization works within such a word, so caching raw words changes nothing and spares
-    nearly all of the per-character work.
-    """
-
-    def __init__(self, tokenizer: FullTokenizer) -> None:
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.encode = encode
 
-    def __missing__(self, word: str) -> list[int]:
-        ids = self.tokenizer.convert_tokens_to_ids(self.tokenizer.tokenize(word))
-        if len(word) <= MAX_CACHED_WORD_LENGTH:
+    def __missing__(self, text: str) -> list[int]:
+        ids = self.encode(text)
+        if len(text) <= MAX_CACHED_WORD_LENGTH:
             if len(self) >= MAX_CACHED_WORDS:
                 self.clear()
-            self[word] = ids
+            self[text] = ids
         return ids
 
 
@@ -191,8 +217,13 @@ class FullTokenizer:
         self.inv_vocab = {token_id: token for token, token_id in self.vocab.items()}
         self.basic_tokenizer = BasicTokenizer(do_lower_case)
         self.wordpiece_tokenizer = WordpieceTokenizer(self.vocab)
-        self._word_ids = _WordIds(self)
-        self._controls = re.compile(f"[{CONTROLS_THAT_SPLIT}]")
+        self._lower_case = do_lower_case
+        self._word_ids = _Memo(lambda w: self.convert_tokens_to_ids(self.wordpiece_tokenizer.pieces(w)))
+        self._stretch_ids = _Memo(lambda stretch: list(self._ids_of_words(stretch)))
+        self._find_controls = re.compile(
+            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
+        )  # dropped: their sides join
+        self._ascii_words = re.compile(rf"[0-9A-Za-z]+|[{ASCII_PUNCTUATION}]").findall
 
     def tokenize(self, text: str) -> list[str]:
         """Text to pieces."""
@@ -200,11 +231,26 @@ class FullTokenizer:
         return [piece for word in words for piece in self.wordpiece_tokenizer.pieces(word)]
 
     def encode(self, text: str) -> numpy.ndarray:
-        """Ids [t] of `text`: convert_tokens_to_ids(tokenize(text)), by way of the word cache."""
-        if any(character in text for character in CONTROLS_THAT_SPLIT):
-            text = self._controls.sub("", text)
-        ids = chain.from_iterable(map(self._word_ids.__getitem__, text.split()))
+        """Ids [t] of `text`: those of convert_tokens_to_ids(tokenize(text)).
+
+        Basic tokenization works within what whitespace delimits, so such stretches, and in ASCII text the words
+        themselves, are looked up; few are new.
+        """
+        if self._find_controls.search(text):
+            text = self._find_controls.sub("", text)
+        if text.isascii():
+            ids = self._ids_of_words(text)
+        else:
+            ids = chain.from_iterable(map(self._stretch_ids.__getitem__, text.split()))
         return numpy.fromiter(ids, dtype=numpy.int32)
+
+    def _ids_of_words(self, text: str) -> Iterator[int]:
+        """Ids of a text without control characters."""
+        if text.isascii():
+            words = self._ascii_words(text.lower() if self._lower_case else text)
+        else:
+            words = self.basic_tokenizer.tokenize(text)
+        return chain.from_iterable(map(self._word_ids.__getitem__, words))
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
         """Pieces to ids. DataError when the vocabulary lacks one, which can only be `[UNK]`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
+import sys
 import warnings
 from heapq import heapify, heappop, heappush
 from itertools import chain
@@ -136,16 +136,16 @@ class GigatokenEngine:
         self._gigatoken = gigatoken
         self._exact = PythonEngine(vocab, ranks)
         self._definition, self._table = _engine_definition(vocab, ranks)
-        self._disputed: re.Pattern[str] | None = None
-        self._asked_disputed = False
+        self._disputed: numpy.ndarray | None = None
         self._build()
 
     def encode(self, text: str) -> numpy.ndarray:
         """Ids [t] of `text`; UnicodeEncodeError for a lone surrogate, which has no UTF-8 bytes."""
         if not text.isascii():
-            if not self._asked_disputed:  # 0.2 s, so not before the first text that needs it
-                self._disputed, self._asked_disputed = _disputed_characters(self._gigatoken), True
-            if self._disputed is not None and self._disputed.search(text):
+            if self._disputed is None:  # takes 0.1 s, so not before the first text that needs it
+                self._disputed = _disputed_characters(self._gigatoken)
+            codes = numpy.frombuffer(text.encode("utf-32-le"), numpy.uint32)
+            if self._disputed[codes].any():
                 return self._exact.encode(text)
         ids = self._tokenizer.encode(text)
         self._characters += len(text)
@@ -212,8 +212,8 @@ def merges_are_ordered(ranks: Ranks) -> bool:
     return all(latest.get(side, -1) < rank for pair, rank in ranks.items() for side in pair)
 
 
-def _disputed_characters(gigatoken: ModuleType) -> re.Pattern[str] | None:
-    """Matches the characters that the engine and `regex` put into different classes; None when there are none.
+def _disputed_characters(gigatoken: ModuleType) -> numpy.ndarray:
+    """Which code points the engine and `regex` put into different classes: bool [0x110000].
 
     Joined, the characters of one class form one word for an engine that agrees. Where it splits them, each piece
     is asked again behind an undisputed member of the class.
@@ -223,22 +223,16 @@ def _disputed_characters(gigatoken: ModuleType) -> re.Pattern[str] | None:
     def words(text: str) -> list[str]:
         return [bytes(word).decode("utf-8") for word in gigatoken.pretokenizer(text.encode("utf-8"))]
 
-    everything = "".join(map(chr, chain(range(0x80, 0xD800), range(0xE000, 0x110000))))
-    disputed: list[str] = []
+    codes = numpy.arange(0x80, sys.maxunicode + 1, dtype=numpy.uint32)
+    everything = codes[(codes < 0xD800) | (codes > 0xDFFF)].tobytes().decode("utf-32-le")
+    disputed = numpy.zeros(sys.maxunicode + 1, dtype=bool)
     for member, pattern in (("a", r"\p{L}+"), ("1", r"\p{N}+"), ("\t", r"\s+"), ("!", r"[^\s\p{L}\p{N}]+")):
         pieces = words("".join(regex.findall(pattern, everything)))
         if len(pieces) > 1:
-            disputed += (piece for piece in pieces if len(words(member + piece)) > 1)
-    if not disputed:
-        return None
-    return re.compile("[" + "".join(map(_character_ranges, disputed)) + "]")
-
-
-def _character_ranges(characters: str) -> str:
-    """The body of a character class that holds `characters`, which ascend; runs are written as ranges."""
-    starts = [c for before, c in zip("\0" + characters, characters) if ord(c) != ord(before) + 1]
-    ends = [c for c, after in zip(characters, characters[1:] + "\0") if ord(after) != ord(c) + 1]
-    return "".join(f"\\U{ord(first):08x}-\\U{ord(last):08x}" for first, last in zip(starts, ends))
+            for piece in pieces:
+                if len(words(member + piece)) > 1:
+                    disputed[numpy.frombuffer(piece.encode("utf-32-le"), numpy.uint32)] = True
+    return disputed
 
 
 def _resident_bytes() -> int | None:

@@ -126,7 +126,9 @@ class _SentencePieceTokenizer(MegatronTokenizer):
         """Where the pieces of `text` start in it, plus `base`; the engine counts in bytes."""
         widths = [len(character.encode("utf-8")) for character in text]
         character_of_byte = numpy.repeat(numpy.arange(len(text)), widths).tolist() + [len(text)]
-        return [base + character_of_byte[piece.begin] for piece in self.tokenizer.encode_as_proto(text).pieces]
+        return [
+            base + character_of_byte[piece.begin] for piece in self.tokenizer.encode_as_proto(text).pieces
+        ]
 
     @property
     def cls(self) -> int:
