@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy
 
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset_builder import IndexedDatasetBuilder
+from megatron.core.datasets.token_files import get_bin_path, get_idx_path
 from megatron.core.errors import DataError
 from megatron.training.preprocessing.encode import Encoded
 from megatron.training.preprocessing.journal import JournalWriter, Progress, Record, read_journal
