@@ -7,7 +7,7 @@ decorator returns the function untouched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -18,4 +18,4 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def jit_fuser(function: F) -> F:
     """Compile an elementwise function where that helps; the result computes the same values."""
-    return torch.compile(function, dynamic=True) if device.available() else function
+    return cast(F, torch.compile(function, dynamic=True)) if device.available() else function
