@@ -117,7 +117,8 @@ def test_any_layout_continues_in_any_other(tmp_path: Path, precision: list[str])
         save = ["--save", str(tmp_path / str(number))]
         straight = run_gang(world, training_run.run, [*base, *saved, *save], 4, [2])
         wanted = next(r["trajectory"] for r in straight if r["trajectory"][0][0] is not None)[2:]
-        for other_world, loaded in layouts:
+        for shift in (1, 3):
+            other_world, loaded = layouts[(number + shift) % len(layouts)]
             results = run_gang(other_world, training_run.run, [*base, *loaded, "--load", save[1]], 2)
             for result in results:
                 for (loss, norm), (wanted_loss, wanted_norm) in zip(result["trajectory"], wanted):

@@ -24,7 +24,7 @@ def save_preprocess(
 ) -> tuple[ShardedStateDict, CommonStateDict]:
     """Split into (records to write, common values); factories are applied in place. Every rank must call.
 
-    Split lists become dicts from position to value. CheckpointingException if the pieces of all ranks do not
+    Lists that are split become dicts from position to value. CheckpointingException if the pieces of all ranks do not
     cover every tensor exactly once.
     """
     apply_factories(sharded_state_dict)
@@ -35,7 +35,17 @@ def save_preprocess(
     assert isinstance(sharded, dict) and isinstance(common, dict), "the root of a state dict is a dict"
     if validate_access_integrity:
         validate_sharding_integrity(determine_global_metadata(sharded)[1])
-    return sharded, common
+    return sharded, _whole_lists(persistent, common)
+
+
+def _whole_lists(original: Any, part: Any) -> Any:
+    """Lists of the original of which `part` has something of every position are lists again."""
+    if not isinstance(part, dict):
+        return part
+    if isinstance(original, list):
+        values = {position: _whole_lists(original[position], value) for position, value in part.items()}
+        return list(values.values()) if len(values) == len(original) else values
+    return {name: _whole_lists(original[name], value) for name, value in part.items()}
 
 
 def load_preprocess(
