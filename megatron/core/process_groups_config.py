@@ -17,9 +17,21 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.topology import GROUP_AXES, Layout
 
-#: Kinds whose members run different programs (pipeline stages). Their collectives and sends must not queue in one
-#: communicator with another kind, even where the rank lists are equal.
-_STAGED = {"pp", "mp", "tp_ep_pp", "embd", "pos_embd"}
+#: Kinds that share one group where their rank lists are equal, since each nccl communicator costs device memory and
+#: each gloo group threads. Within a family no two transfers are meant to overlap; across families they are (gradient
+#: reduction beside ring attention or expert exchange), or the members run different programs (pipeline stages), and
+#: a common queue would delay or even block them.
+_FAMILIES = {
+    "tp": "tensor",
+    "tp_cp": "tensor",
+    "tp_ep": "tensor",
+    "dp": "replicas",
+    "dp_cp": "replicas",
+    "dp_modulo_ep": "replicas",
+    "dp_modulo_ep_cp": "replicas",
+    "tp_dp": "norms",
+    "tp_dp_cp": "norms",
+}
 
 #: Kinds that also exist on gloo, for checkpoint traffic in host memory.
 _ON_GLOO = ("dp", "dp_cp", "dp_modulo_ep", "dp_modulo_ep_cp")
@@ -108,9 +120,7 @@ def create(
 ) -> ProcessGroupCollection:
     """Open every group of a layout. All ranks of the world must call, with equal arguments.
 
-    options_for maps a group kind to backend options (nccl communicator settings) or None. Kinds with equal rank
-    lists share one communicator where all members run the same program, because each nccl communicator costs
-    device memory and each gloo group threads.
+    options_for maps a group kind to backend options (nccl communicator settings) or None.
     """
     me = dist.get_rank()
     gloo_world = dist.get_backend() == "gloo"
@@ -119,8 +129,8 @@ def create(
     def open_group(ranks: list[int], kind: str, backend: str | None = None) -> ProcessGroup | None:
         options = options_for(kind) if options_for is not None and backend is None else None
         # A group of one never communicates, so one per rank serves all kinds.
-        private = options is not None or (kind in _STAGED and len(ranks) > 1)
-        key = (tuple(ranks), backend, kind if private else None)
+        family = "alone" if len(ranks) == 1 else kind if options is not None else _FAMILIES.get(kind, kind)
+        key = (tuple(ranks), backend, family)
         if key not in opened:
             member = dist.new_group(ranks, timeout=timeout, backend=backend, pg_options=options)
             opened[key] = member if me in ranks else None
