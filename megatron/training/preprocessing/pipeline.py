@@ -37,6 +37,7 @@ from megatron.training.preprocessing.inputs import (
     read_chunks,
 )
 from megatron.training.preprocessing.journal import Progress
+from megatron.training.preprocessing.output import RunOutput, merge
 from megatron.training.preprocessing.progress import ProgressReport
 
 CHUNKS_PER_WORKER = 4
@@ -104,16 +105,12 @@ class Run:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if self.args.partitions > 1:
-            from megatron.training.preprocessing.output import merge
-
             for suffix in self.suffixes:
                 parts = [f"{part}_{suffix}" for part in self.parts]
                 merge(parts, f"{self.prefix}_{suffix}", self.settings.dtype)
 
     def merge_shards(self) -> None:
         """Join the shards that other invocations wrote."""
-        from megatron.training.preprocessing.output import merge
-
         count = self.args.merge_shards
         for suffix in self.suffixes:
             parts = [f"{shard_prefix(self.prefix, i, count)}_{suffix}" for i in range(count)]
