@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.kernels import registry
 from megatron.core.tensor_parallel.placement import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,14 +32,19 @@ class LanguageModule(MegatronModule):
     def __init__(self, config: TransformerConfig, *, pg_collection: Any = None) -> None:
         super().__init__(config)
         self.pg_collection = pg_collection
+        self.fused_cross_entropy = None
+        if config.cross_entropy_loss_fusion:
+            spec = registry.Spec(device=device.kind(), dtype=config.params_dtype)
+            self.fused_cross_entropy = registry.select("vocab_cross_entropy", spec)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy per token: labels [b, s], logits [s, b, v/tp] -> fp32 [b, s]."""
         labels = labels.transpose(0, 1).contiguous()
-        if self.config.cross_entropy_loss_fusion:
-            loss = fused_vocab_parallel_cross_entropy(logits, labels)
+        group = parallel_state.resolve(self.pg_collection).tp
+        if self.fused_cross_entropy is not None:
+            loss = self.fused_cross_entropy(logits, labels, group)
         else:
-            loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels)
+            loss = tensor_parallel.vocab_parallel_cross_entropy(logits, labels, group=group)
         return loss.transpose(0, 1).contiguous()
 
     def setup_embeddings_and_output_layer(self) -> None:
