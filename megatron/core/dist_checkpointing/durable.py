@@ -225,14 +225,22 @@ def _replaced_path(final: Path) -> Path:
 def write_manifest(directory: str | Path, checksums: dict[str, Checksum]) -> None:
     """Write checksums.json: file name relative to `directory` -> [size, CRC-32 in hex]."""
     files = {name: [c.size, f"{c.crc32:08x}"] for name, c in sorted(checksums.items())}
-    write_text(Path(directory) / MANIFEST_FNAME, json.dumps({"algorithm": "crc32", "files": files}, indent=1))
+    content = {"algorithm": "crc32", "files": files, "own": _own_checksum(files)}
+    write_text(Path(directory) / MANIFEST_FNAME, json.dumps(content, indent=1))
+
+
+def _own_checksum(files: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(files, sort_keys=True).encode()):08x}"
 
 
 def read_manifest(directory: str | Path) -> dict[str, Checksum]:
     """The checksums of the directory; empty if it has none. CheckpointError if the manifest itself is damaged."""
     path = Path(directory) / MANIFEST_FNAME
     try:
-        files = json.loads(path.read_text())["files"]
+        content = json.loads(path.read_text())
+        files = content["files"]
+        if content["own"] != _own_checksum(files):
+            raise ValueError("it contradicts its own checksum")
         return {name: Checksum(size, int(crc32, 16)) for name, (size, crc32) in files.items()}
     except FileNotFoundError:
         return {}

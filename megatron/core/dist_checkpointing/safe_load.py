@@ -106,7 +106,7 @@ def _load(source: Any, name: str | Path, *, mmap: bool | None, allow_unsafe_pick
 
 def _reason(error: Exception) -> str:
     """The telling line of an error: torch wraps a refused pickle in a page of advice."""
-    inner = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    inner = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
     lines = (inner[1] if inner else str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

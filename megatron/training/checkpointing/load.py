@@ -362,4 +362,9 @@ def _load_rng(state: dict[str, Any], args: Namespace) -> None:
         raise IncompatibleCheckpointError(
             "rng_state", "the checkpoint holds no random states", "pass --no-load-rng"
         )
-    set_rng_state(states, args=args)
+    try:
+        set_rng_state(states, args=args)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        # Every library refuses a state that is not its own with another error.
+        why = f"the checkpoint's random states cannot be restored ({error!r})"
+        raise CheckpointError("rng_state", why, "pass --no-load-rng") from error
