@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core.collectives import all_gather_single, reduce_scatter_single
 from megatron.core.distributed.buckets import BufferLayout, plan_buffer
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.errors import TrainingError
@@ -136,8 +137,7 @@ class _ParamAndGradBucketGroup:
         Returns at once with overlap_grad_reduce.
         """
         assert not self._grad_sync_started, (
-            "the gradients of this bucket group are already being reduced: zero_grad_buffer() was not called "
-            "since, or start_grad_sync() was called twice"
+            "the gradients of this bucket group are already being reduced: start_grad_sync() was called twice"
         )
         self._grad_sync_started = True
         overlapped = self.ddp_config.overlap_grad_reduce
@@ -152,7 +152,7 @@ class _ParamAndGradBucketGroup:
             return
         for bucket in self.buckets:
             if self.ddp_config.use_distributed_optimizer:
-                handle = dist.reduce_scatter_tensor(
+                handle = reduce_scatter_single(
                     shard_buffer(bucket.grad_data, self.data_parallel_world_size)[self.data_parallel_rank],
                     bucket.grad_data,
                     op=self._reduce_op,
@@ -185,6 +185,7 @@ class _ParamAndGradBucketGroup:
         for handle in self._grad_handles:
             handle.wait()
         self._grad_handles = []
+        self._grad_sync_started = False
         self._raise_noted_nans()
 
     def register_grad_ready(self, param: torch.nn.Parameter) -> None:
@@ -225,7 +226,7 @@ class _ParamAndGradBucketGroup:
             return
         for bucket in self.buckets:
             assert bucket.param_data is not None, "a bucket without parameters cannot be gathered"
-            handle = dist.all_gather_into_tensor(
+            handle = all_gather_single(
                 bucket.param_data,
                 shard_buffer(bucket.param_data, self.data_parallel_world_size)[self.data_parallel_rank],
                 group=self.data_parallel_group,

@@ -70,7 +70,7 @@ def adam(
         return
     if bias_correction:
         fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
-        steps = [torch.full((), float(step), dtype=torch.float32, device=p.device) for p in params]
+        steps = [torch.full((), float(step), dtype=torch.float32, device=params[0].device)] * len(params)
         fused(
             list(params), list(grads), list(exp_avgs), list(exp_avg_sqs), [], steps,
             lr=lr, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,

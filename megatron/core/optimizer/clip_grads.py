@@ -15,9 +15,9 @@ from megatron.core.tensor_parallel.placement import param_is_not_tensor_parallel
 from megatron.core.transformer.module import param_is_not_shared
 
 
-def _all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> None:
+def all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> None:
     """Reduce in place over the group, None being the whole world; a lone process has nothing to reduce."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
         dist.all_reduce(value, op=op, group=group)
 
 
@@ -58,7 +58,7 @@ def grad_norm_tensor(
     if float(norm_type) == float("inf"):
         largest = [grad.abs().amax().double() for grad in grads if grad.numel()]
         norm = torch.stack(largest).amax() if largest else sum_of_squares([])
-        _all_reduce(norm, dist.ReduceOp.MAX, model_parallel_group)
+        all_reduce(norm, dist.ReduceOp.MAX, model_parallel_group)
         return norm
     if float(norm_type) == 2.0:
         total = sum_of_squares(grads)
@@ -66,7 +66,7 @@ def grad_norm_tensor(
         total = sum_of_squares([])
         for grad in grads:
             total = total + torch.linalg.vector_norm(grad, norm_type, dtype=torch.float64) ** norm_type
-    _all_reduce(total, dist.ReduceOp.SUM, model_parallel_group)
+    all_reduce(total, dist.ReduceOp.SUM, model_parallel_group)
     return total ** (1.0 / norm_type)
 
 
@@ -110,5 +110,5 @@ def count_zeros_fp32(
     for param in _as_list(parameters):
         if param.grad is not None and counts_once(param):
             total += param.grad.numel() - torch.count_nonzero(param.grad)
-    _all_reduce(total, dist.ReduceOp.SUM, model_parallel_group)
+    all_reduce(total, dist.ReduceOp.SUM, model_parallel_group)
     return total.item()

@@ -95,6 +95,8 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
             ]
             for buffer in self.buffers
         ]
+        self._owned = self.owned_pieces()
+        self._gradients = [piece.of_gradient() for piece in self._owned]
         self._regroup()
 
     @staticmethod
@@ -106,7 +108,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
 
     def _regroup(self) -> None:
         """Put the owned pieces in the place of whole parameters in the torch optimizer's groups."""
-        piece_of = {piece.param: piece for piece in self.owned_pieces()}
+        piece_of = {piece.param: piece for piece in self._owned}
         self._halves: list[OwnedPiece] = []
         for group in self.optimizer.param_groups:
             owned = [piece_of[param] for param in group["params"] if param in piece_of]
@@ -149,8 +151,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
         drop_grads(self.get_parameters(), set_to_none=True)
 
     def _copy_model_grads_to_main_grads(self) -> None:
-        for piece in self.owned_pieces():
-            grad = piece.of_gradient()
+        for piece, grad in zip(self._owned, self._gradients):
             piece.main.grad = grad.float() if grad.dtype in HALF else grad
 
     def _copy_main_params_to_model_params(self) -> None:

@@ -14,6 +14,7 @@ from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.errors import CheckpointError
+from megatron.core.optimizer.clip_grads import all_reduce
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.optimizer.optimizer import (
     InitState,
@@ -88,8 +89,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
         grads = [param.grad for param in self.get_parameters() if param.grad is not None]
         if grads:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, self.grad_scaler.inv_scale)
-        if dist.is_initialized():
-            dist.all_reduce(found_inf, op=dist.ReduceOp.MAX, group=self.get_model_parallel_group())
+        all_reduce(found_inf, dist.ReduceOp.MAX, self.get_model_parallel_group())
         return bool(found_inf.item() > 0)
 
     @torch.no_grad()

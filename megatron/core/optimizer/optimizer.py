@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,8 +33,22 @@ from megatron.core.optimizer.param_groups import group_key
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
 
+# v0.9 name in this module -> the module that owns it now; they build on this one.
+_MOVED = {
+    "MixedPrecisionOptimizer": "megatron.core.optimizer.mixed_precision",
+    "Float16OptimizerWithFloat16Params": "megatron.core.optimizer.mixed_precision",
+    "ChainedOptimizer": "megatron.core.optimizer.chained",
+    "ProxyDict": "megatron.core.optimizer.chained",
+}
+
 StepResult = tuple[bool, "float | Tensor | None", "float | None"]
 InitState = Callable[[torch.optim.Optimizer], None]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MOVED:
+        return getattr(importlib.import_module(_MOVED[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def init_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
