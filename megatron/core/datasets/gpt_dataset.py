@@ -192,6 +192,9 @@ class GPTDataset(MegatronDataset):
             log_single_rank(logger, logging.INFO, f"Load the {name} {split} indices")
         samples = arrays["shuffle_index"].shape[0]
         log_single_rank(logger, logging.INFO, f"> total number of samples: {samples}")
+        if self.built_anew_on_cache_miss:
+            epochs = arrays["document_index"].size // self.indices.size
+            log_single_rank(logger, logging.INFO, f"> total number of epochs: {epochs}")
         return arrays["document_index"], arrays["sample_index"], arrays["shuffle_index"]
 
     def _fingerprint(self) -> dict[str, int | str | bool]:
@@ -247,7 +250,6 @@ class GPTDataset(MegatronDataset):
             "shuffle_index",
             _shuffled_samples(samples_before_final if separate_final_epoch else 0, samples, random),
         )
-        log_single_rank(logger, logging.INFO, f"> total number of epochs: {epochs}")
 
     def _num_epochs(self, tokens: int) -> int:
         """The least number of passes over the split that yields `num_samples`."""
