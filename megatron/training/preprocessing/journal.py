@@ -1,8 +1,9 @@
 """What an interrupted run has written, so that `--resume` continues to the same bytes.
 
 A journal is one line of JSON that identifies the run, then records. A record is a line of JSON (position after a
-chunk, counters, sizes, checksum) and the raw lengths and document sizes of the chunk for every output. Tokens are
-not in it: they are the `.bin` files, and a record counts only as far as those reach.
+chunk, counters, sizes, checksum) and the raw lengths and document sizes of the chunk for every output. Every line
+begins with its own checksum. Tokens are not in it: they are the `.bin` files, and a record counts only as far as
+those reach.
 """
 
 from __future__ import annotations
@@ -71,7 +72,14 @@ class JournalWriter:
 
 
 def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True).encode("utf-8") + b"\n"
+    text = json.dumps(content, sort_keys=True).encode("utf-8")
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _content(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None when it is cut off or damaged, and at the end of the file."""
+    checksum, _, text = line.removesuffix(b"\n").partition(b" ")
+    return json.loads(text) if checksum == b"%08x" % zlib.crc32(text) else None
 
 
 def read_journal(path: str, identity: dict[str, Any]) -> Iterator[Record]:
@@ -80,10 +88,9 @@ def read_journal(path: str, identity: dict[str, Any]) -> Iterator[Record]:
     Errors: DataError when the journal belongs to a run over other data or with other options.
     """
     with open(path, "rb") as file:
-        try:
-            found = json.loads(file.readline())
-        except ValueError:
-            return  # cut off in its first line: nothing was written
+        found = _content(file.readline())
+        if found is None:
+            return  # damaged in its first line: nothing can be told
         differing = sorted(key for key in {*identity, *found} if identity.get(key) != found.get(key))
         if differing:
             raise DataError(
@@ -91,11 +98,7 @@ def read_journal(path: str, identity: dict[str, Any]) -> Iterator[Record]:
                 f"the interrupted run differs from this one in {', '.join(differing)}",
                 "give the same options and input, or drop --resume to start over",
             )
-        while header_line := file.readline():
-            try:
-                header = json.loads(header_line)
-            except ValueError:
-                return
+        while (header := _content(file.readline())) is not None:
             sizes = [*header["lengths"], *header["sequences"]]
             body = file.read(4 * sum(sizes))
             if len(body) < 4 * sum(sizes) or zlib.crc32(body) != header["crc"]:
