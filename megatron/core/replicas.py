@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import device, parallel_state
+from megatron.core.collectives import all_gather_single
 
 _HASH_BYTES = 32
 
@@ -39,7 +40,7 @@ def differing_parameters(model: list[torch.nn.Module]) -> Iterator[tuple[str, li
                 continue
             mine = torch.stack([_digest(value) for _, value in named])
             everyone = mine.new_empty((groups.size(kind), *mine.shape))
-            dist.all_gather_into_tensor(everyone, mine.unsqueeze(0), group=getattr(groups, kind))
+            all_gather_single(everyone, mine.unsqueeze(0), group=getattr(groups, kind))
             differs = (everyone != everyone[0]).any(dim=-1)  # [replicas, parameters]
             for index, (name, _) in enumerate(named):
                 if differs[:, index].any():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import device
+from megatron.core.collectives import all_gather_single
 
 #: Width to which a label is filled up with dots.
 _LABEL_WIDTH = 48
@@ -228,7 +229,7 @@ class Timers:
             return mine.unsqueeze(0)
         mine = mine.to(device.current())
         everyone = mine.new_empty(dist.get_world_size() * len(names))
-        dist.all_gather_into_tensor(everyone, mine)
+        all_gather_single(everyone, mine)
         return everyone.view(-1, len(names)).cpu()
 
     @staticmethod

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_gather_single
 from megatron.core.context_parallel.split import divide_up, join
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import group_size
@@ -83,5 +83,5 @@ def all_to_all_attention(
 def _all_rows(mask: Tensor, group: ProcessGroup) -> Tensor:
     """bool [.., s/cp, s] -> [.., s, s] in sequence order."""
     shards = mask.new_empty((group.size(), *mask.shape), dtype=torch.uint8)
-    dist.all_gather_into_tensor(shards, mask.to(torch.uint8).contiguous().unsqueeze(0), group=group)
+    all_gather_single(shards, mask.to(torch.uint8).contiguous().unsqueeze(0), group=group)
     return join(shards, dim=mask.dim() - 2).to(torch.bool)

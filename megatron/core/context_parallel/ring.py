@@ -263,12 +263,12 @@ class RingAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """grad of the output [sq, b, np, d] -> gradients of q, k and v, all of this rank's tokens."""
         plan: _Plan = ctx.plan
         q, k, v, output, log_sum, *kept = ctx.saved_tensors
         blocks = _Blocks(plan, q, k.shape[2])
-        upstream = blocks.by_head(grads[0])
+        upstream = blocks.by_head(grad_output)
         # sum_j p_j dp_j of a query is the product of its output and its output's gradient
         inner = (upstream.to(blocks.wide) * blocks.by_head(output)).sum(dim=-1)
         q_grad = torch.zeros(blocks.q.shape, dtype=blocks.wide, device=q.device)

@@ -1,9 +1,11 @@
 """Cross entropy over logits whose vocabulary is divided among ranks.
 
 For one token with logits z and target y the loss is lse(z) - z[y], lse = log sum exp. Every rank reduces its slice
-of z to three numbers (lse, z[y] if it owns y, sum z for label smoothing); one small all-gather joins them. Only the
-logits themselves and the joint lse [t] are kept: softmax = exp(z - lse) is recomputed in the backward pass, in
-fp32, so the forward pass allocates nothing of the size of the logits. Rows are taken in blocks that fit a cache.
+of z to three numbers (lse, z[y] if it owns y, sum z for label smoothing); one small all-gather joins them. The
+gradient is softmax(z) - onehot(y). Logits of fp32 and fp64: the exponentials of the forward pass are kept, in the
+buffer that the backward pass turns into the gradient, so nothing is exponentiated or allocated twice. Half-precision
+logits: they are kept themselves and exp(z - lse) is recomputed in fp32, because a probability rounded to half
+precision loses the gradient of every confident prediction. Rows are taken in blocks that fit a cache.
 """
 
 from __future__ import annotations
@@ -12,21 +14,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_gather_single
 from megatron.core.process_groups_config import group_rank, group_size
 
 #: Logits per block: 1 MB of fp32.
 _BLOCK_ELEMENTS = 1 << 18
+#: Up to so many logits torch's own kernels are faster than ours on a CPU.
+_SMALL_ELEMENTS = 1 << 20
 
 
-def _row_blocks(rows: int, columns: int, on_cpu: bool) -> Iterator[slice]:
+def _row_blocks(z: Tensor) -> Iterator[slice]:
     """Blocks of rows that fit a cache; one block on an accelerator, where launches cost more than memory passes."""
-    step = max(1, _BLOCK_ELEMENTS // max(columns, 1)) if on_cpu else max(rows, 1)
+    rows, columns = z.shape
+    step = max(1, _BLOCK_ELEMENTS // max(columns, 1)) if z.device.type == "cpu" else max(rows, 1)
     for start in range(0, rows, step):
         yield slice(start, start + step)
 
@@ -40,26 +45,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """logits [.., v/tp], target [..] with global ids -> loss [..] in fp32 (fp64 for fp64 logits)."""
         columns, ranks = logits.shape[-1], group_size(group)
-        first = columns * group_rank(group)
-        z, local = logits.reshape(-1, columns), target.reshape(-1) - first
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        z, local = logits.reshape(-1, columns), target.reshape(-1) - columns * group_rank(group)
         foreign = None
         if ranks > 1:
             foreign = (local < 0) | (local >= columns)
             local = local.masked_fill(foreign, 0)
 
-        summary = torch.empty(3 if label_smoothing else 2, z.shape[0], dtype=wide, device=z.device)
-        for rows in _row_blocks(*z.shape, z.device.type == "cpu"):
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        kept = torch.empty_like(z) if z.dtype == wide and ctx.needs_input_grad[0] else None
+        peak = torch.empty(z.shape[0], dtype=wide, device=z.device)
+        summary = peak.new_empty((3 if label_smoothing else 2, z.shape[0]))
+        for rows in _row_blocks(z):
             block = z[rows].to(wide)
-            torch.logsumexp(block, dim=-1, out=summary[0, rows])
             if label_smoothing:
                 torch.sum(block, dim=-1, out=summary[2, rows])
+            torch.amax(block, dim=-1, out=peak[rows])
+            exponentials = None if kept is None else kept[rows]
+            exponentials = torch.sub(block, peak[rows].unsqueeze(1), out=exponentials).exp_()
+            torch.sum(exponentials, dim=-1, out=summary[0, rows])
+        summary[0].log_().add_(peak)
         own = z.gather(1, local.unsqueeze(1)).squeeze(1)
         summary[1] = own if foreign is None else own.masked_fill(foreign, 0.0)
 
         if group is not None and ranks > 1:
             parts = summary.new_empty((ranks, *summary.shape))
-            dist.all_gather_into_tensor(parts, summary.unsqueeze(0), group=group)
+            all_gather_single(parts, summary.unsqueeze(0), group=group)
             summary = torch.cat((parts[:, 0].logsumexp(dim=0, keepdim=True), parts[:, 1:].sum(dim=0)))
 
         log_sum = summary[0]
@@ -72,29 +82,33 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             smoothing = label_smoothing * vocabulary / (vocabulary - 1)
             ctx.keep, ctx.spread = 1.0 - smoothing, smoothing / vocabulary
             loss = ctx.keep * loss + smoothing * (log_sum - summary[2] / vocabulary)
-        ctx.save_for_backward(logits, log_sum, local, local if foreign is None else foreign)
-        ctx.divided = foreign is not None
+        ctx.shape, ctx.exponentiated = logits.shape, kept is not None
+        # Kept exponentials are relative to this rank's maximum, kept logits to nothing.
+        shift = log_sum if kept is None else torch.exp(peak - log_sum)
+        ctx.save_for_backward(z if kept is None else kept, shift, local, foreign)
         return loss.view(target.shape)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
         """grad of the loss [..] -> gradient of the logits [.., v/tp]."""
-        logits, log_sum, local, foreign = ctx.saved_tensors
-        z = logits.reshape(-1, logits.shape[-1])
-        weight = grads[0].reshape(-1, 1).to(log_sum.dtype)
+        kept, shift, local, foreign = ctx.saved_tensors
+        weight = grad_output.reshape(-1, 1).to(shift.dtype)
         minus_one_hot = weight * -ctx.keep
-        if ctx.divided:
+        if foreign is not None:
             minus_one_hot = minus_one_hot.masked_fill(foreign.unsqueeze(1), 0.0)
-        grad = torch.empty_like(z)
-        for rows in _row_blocks(*z.shape, z.device.type == "cpu"):
-            block = grad[rows] if grad.dtype == log_sum.dtype else None
-            block = torch.sub(z[rows], log_sum[rows].unsqueeze(1), out=block).exp_()
+        local, shift = local.unsqueeze(1), shift.unsqueeze(1)
+        if ctx.exponentiated:
+            grad = kept.mul_(shift * weight)
+            if ctx.spread:
+                grad.sub_(ctx.spread * weight)
+            return grad.scatter_add_(1, local, minus_one_hot).view(ctx.shape), None, None, None
+        grad = torch.empty_like(kept)
+        for rows in _row_blocks(kept):
+            block = torch.sub(kept[rows], shift[rows]).exp_()
             if ctx.spread:
                 block.sub_(ctx.spread)
-            block.mul_(weight[rows]).scatter_add_(1, local[rows].unsqueeze(1), minus_one_hot[rows])
-            if grad.dtype != log_sum.dtype:
-                grad[rows] = block
-        return grad.view(logits.shape), None, None, None
+            grad[rows] = block.mul_(weight[rows]).scatter_add_(1, local[rows], minus_one_hot[rows])
+        return grad.view(ctx.shape), None, None, None
 
 
 def vocab_parallel_cross_entropy(
@@ -106,19 +120,23 @@ def vocab_parallel_cross_entropy(
     """Loss [s, b] per token of logits [s, b, v/tp] for target ids [s, b]; fp32, or fp64 for fp64 logits.
 
     label_smoothing in [0, 1): probability mass spread over the words of the whole vocabulary. group: ranks that
-    hold the slices (None = tensor-parallel); all must call. The logits are kept for backward, not copied.
+    hold the slices (None = tensor-parallel); all must call. One backward pass per forward pass.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is None:
         group = parallel_state.resolve(None).tp
-    if group_size(group) == 1 and label_smoothing == 0.0 and vocab_parallel_logits.device.type == "cpu":
+    small = vocab_parallel_logits.device.type == "cpu" and vocab_parallel_logits.numel() <= _SMALL_ELEMENTS
+    if group_size(group) == 1 and label_smoothing == 0.0 and small:
         return _undivided(vocab_parallel_logits, target)
     return _VocabParallelCrossEntropy.apply(vocab_parallel_logits, target, label_smoothing, group)
 
 
 def _undivided(logits: Tensor, target: Tensor) -> Tensor:
-    """The loss [..] of one rank's whole vocabulary on a CPU: torch's two vectorised kernels beat blocks of rows by a third."""
+    """The loss [..] of few logits on one rank: there torch's two vectorised kernels beat blocks of rows by a third.
+
+    (From a few million logits on they are two to four times slower, for want of cache and for three big buffers.)
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_probs = F.log_softmax(logits, dim=-1, dtype=wide)
     return F.nll_loss(log_probs.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)

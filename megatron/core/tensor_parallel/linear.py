@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_gather_single, reduce_scatter_single
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
 from megatron.core.process_groups_config import group_size
 from megatron.core.tensor_parallel.mappings import (
@@ -36,7 +37,7 @@ def _gather_start(input: Tensor, group: ProcessGroup) -> tuple[Tensor, dist.Work
     """Begin to join all ranks' tokens in the scratch pool: ([s, ..], handle to wait for)."""
     shape = (input.shape[0] * group.size(), *input.shape[1:])
     whole = parallel_state.get_global_memory_buffer().get_tensor(shape, input.dtype, "mpu")
-    work = dist.all_gather_into_tensor(whole, input.contiguous(), group=group, async_op=True)
+    work = all_gather_single(whole, input.contiguous(), group=group, async_op=True)
     assert work is not None, "an asynchronous collective returns a handle"
     return whole, work
 
@@ -69,10 +70,10 @@ class LinearWithFrozenWeight(torch.autograd.Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """grad_output [.., o] -> gradient of the input [.., i], summed over the group if asked for."""
         (weight,) = ctx.saved_tensors
-        grad_input = grads[0].matmul(weight)
+        grad_input = grad_output.matmul(weight)
         if group_size(ctx.group) > 1:
             dist.all_reduce(grad_input, group=ctx.group)
         return grad_input, None, None, None, None
@@ -114,9 +115,8 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         return F.linear(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """grad_output [s, b, o] -> gradients of input, weight (or into main_grad) and bias."""
-        (grad_output,) = grads
         input, weight = ctx.saved_tensors
         deferred = _defer(ctx, grad_output)
         wants_weight = ctx.needs_input_grad[1] and not deferred
@@ -133,7 +133,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
             sending = dist.all_reduce(grad_input, group=ctx.group, async_op=True)
         elif ctx.gathers:
             partial, grad_input = grad_input, torch.empty_like(input)
-            sending = dist.reduce_scatter_tensor(grad_input, partial, group=ctx.group, async_op=True)
+            sending = reduce_scatter_single(grad_input, partial, group=ctx.group, async_op=True)
 
         grad_weight = grad_bias = None
         if wants_weight:
@@ -270,7 +270,7 @@ def drain_embedding_wgrad_compute(
         shape = (activation.shape[0] * group.size(), *activation.shape[1:])
         pool = parallel_state.get_global_memory_buffer()  # two buffers: one read, one being filled
         whole = pool.get_tensor(shape, activation.dtype, f"wgrad-{index % 2}")
-        return whole, dist.all_gather_into_tensor(whole, activation, group=group, async_op=True)
+        return whole, all_gather_single(whole, activation, group=group, async_op=True)
 
     pending = fetch(0) if grad_output_buffer else None
     for index, grad_output in enumerate(grad_output_buffer):

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_gather_single, reduce_scatter_single
 from megatron.core.utils import divide
 
 Move = Callable[[Tensor], Tensor]
@@ -65,21 +66,21 @@ def gather_first_dim(
     if sizes is None or len(set(sizes)) == 1:
         shape = (rows * group.size(), *input_.shape[1:])
         gathered = input_.new_empty(shape) if out is None else out
-        dist.all_gather_into_tensor(gathered, input_.contiguous(), group=group)
+        all_gather_single(gathered, input_.contiguous(), group=group)
         return gathered
     # Unequal shares travel padded to the longest: not every backend gathers unequal ones.
     longest = max(sizes)
     padded = input_.new_zeros((longest, *input_.shape[1:]))
     padded[:rows] = input_
     gathered = input_.new_empty((longest * group.size(), *input_.shape[1:]))
-    dist.all_gather_into_tensor(gathered, padded, group=group)
+    all_gather_single(gathered, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(gathered.split(longest), sizes)], out=out)
 
 
 def gather_last_dim(input_: Tensor, group: ProcessGroup) -> Tensor:
     """All ranks' columns, in rank order."""
     parts = input_.new_empty((group.size(), *input_.shape))
-    dist.all_gather_into_tensor(parts, input_.contiguous().unsqueeze(0), group=group)
+    all_gather_single(parts, input_.contiguous().unsqueeze(0), group=group)
     return torch.cat(parts.unbind(0), dim=-1)
 
 
@@ -90,7 +91,7 @@ def reduce_scatter_first_dim(
     if sizes is None or len(set(sizes)) == 1:
         share = divide(input_.shape[0], group.size())
         reduced = input_.new_empty((share, *input_.shape[1:])) if out is None else out
-        dist.reduce_scatter_tensor(reduced, input_.contiguous(), group=group)
+        reduce_scatter_single(reduced, input_.contiguous(), group=group)
         return reduced
     mine = sizes[group.rank()]
     received = exchange_first_dim(input_, group, [mine] * group.size(), sizes)
@@ -102,7 +103,7 @@ def reduce_scatter_last_dim(input_: Tensor, group: ProcessGroup) -> Tensor:
     share = divide(input_.shape[-1], group.size())
     stacked = torch.stack(input_.split(share, dim=-1))
     reduced = torch.empty_like(stacked[0])
-    dist.reduce_scatter_tensor(reduced.unsqueeze(0), stacked, group=group)
+    reduce_scatter_single(reduced.unsqueeze(0), stacked, group=group)
     return reduced
 
 
@@ -138,10 +139,9 @@ class _Moved(torch.autograd.Function):
         return input_.view_as(input_) if forward is None else forward(input_)
 
     @staticmethod
-    def backward(ctx: Any, *grad_output: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         """The other move, on the gradient."""
-        (grad,) = grad_output
-        return grad if ctx.move is None else ctx.move(grad), None, None
+        return grad_output if ctx.move is None else ctx.move(grad_output), None, None
 
 
 def _tensor_parallel(group: ProcessGroup | None) -> ProcessGroup | None:

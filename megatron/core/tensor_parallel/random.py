@@ -181,7 +181,7 @@ class CheckpointFunction(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *args: Tensor | None) -> tuple[Any, ...]:
         """Recompute, then differentiate. RuntimeError under torch.autograd.grad, which wants no leaf gradients."""
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError("recomputation works with .backward() only, not with torch.autograd.grad")
@@ -205,7 +205,7 @@ class CheckpointFunction(torch.autograd.Function):
             outputs = (outputs,)
         pairs = [
             (output, grad)
-            for output, grad in zip(outputs, grads)
+            for output, grad in zip(outputs, args)
             if isinstance(output, Tensor) and output.requires_grad
         ]
         torch.autograd.backward([output for output, _ in pairs], [grad for _, grad in pairs])

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_gather_single
 from megatron.core.process_groups_config import group_rank, group_size
 from megatron.core.utils import divide
 
@@ -37,7 +37,7 @@ def gather_split_1d_tensor(tensor: Tensor, group: ProcessGroup | None = None) ->
     """The opposite of `split_tensor_into_1d_equal_chunks`: [n] -> [n * tp]. All ranks of the group must call."""
     group = parallel_state.get_tensor_model_parallel_group() if group is None else group
     gathered = tensor.new_empty(tensor.numel() * group_size(group))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+    all_gather_single(gathered, tensor.contiguous(), group=group)
     return gathered
 
 
