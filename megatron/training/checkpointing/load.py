@@ -364,7 +364,7 @@ def _load_rng(state: dict[str, Any], args: Namespace) -> None:
         )
     try:
         set_rng_state(states, args=args)
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, ArithmeticError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         # Every library refuses a state that is not its own with another error.
         why = f"the checkpoint's random states cannot be restored ({error!r})"
         raise CheckpointError("rng_state", why, "pass --no-load-rng") from error

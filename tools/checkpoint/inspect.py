@@ -1,0 +1,14 @@
+#!/usr/bin/env python3
+"""Show what is in a checkpoint, or how two differ: `inspect.py DIR [OTHER] [--norms]`."""
+
+import sys
+from pathlib import Path
+
+# This directory goes last: first on the path, this file would hide the standard library's module of its name.
+sys.path.append(sys.path.pop(0))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+if __name__ == "__main__":
+    from tools.checkpoint.inspection import main
+
+    sys.exit(main())
