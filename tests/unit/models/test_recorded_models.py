@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.models import recorded
 
-MODELS = ["gpt", "vpp", "llama", "bert", "t5"]
+MODELS = ["gpt", "vpp", "llama", "bert", "t5", "moe"]
 
 
 @pytest.mark.parametrize("name", MODELS)

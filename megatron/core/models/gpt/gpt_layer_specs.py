@@ -9,6 +9,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -66,4 +67,6 @@ def get_gpt_layer_with_transformer_engine_spec(
 
 def _mlp_spec(num_experts: int | None, moe_grouped_gemm: bool) -> ModuleSpec:
     dense = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    return ModuleSpec(module=MLP, submodules=dense)
+    if num_experts is None:
+        return ModuleSpec(module=MLP, submodules=dense)
+    return ModuleSpec(module=MoELayer, submodules=None if moe_grouped_gemm else dense)
