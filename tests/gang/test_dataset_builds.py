@@ -27,6 +27,16 @@ def build(prefix: str, cache: str, building_ranks: list[int]) -> tuple[bool, str
     return train.built_anew_on_cache_miss, str(train.shuffle_index.tolist())
 
 
+def train_on_nothing(prefix: str) -> str:
+    """What each rank raises when only rank 0 builds, and the training split is empty."""
+    config = gpt_config(prefix, split="1,999,999")
+    try:
+        BlendedMegatronDatasetBuilder(GPTDataset, (20, 2, 2), lambda: dist.get_rank() == 0, config).build()
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
 def fail_on_one(prefix: str, failing_rank: int) -> str:
     """What each rank raises when the data is missing on one of them."""
     mine = f"{prefix}-missing" if dist.get_rank() == failing_rank else prefix
@@ -69,3 +79,12 @@ def test_failure_on_one_rank_stops_all_with_its_cause(prefix: str, failing_rank:
         f"rank {failing_rank} stopped while building datasets: DataError: "
     )
     assert "cannot be found at the path prefix" in errors[1 - failing_rank]
+
+
+def test_unusable_data_stops_also_the_ranks_that_do_not_read_it(prefix: str) -> None:
+    errors = run_gang(2, train_on_nothing, prefix)
+    assert "the train split is empty" in errors[0]
+    assert (
+        errors[1].startswith("rank 0 stopped while building datasets")
+        and "the train split is empty" in errors[1]
+    )

@@ -86,13 +86,8 @@ class BlendedMegatronDatasetBuilder:
         prefixes, weights = ([None], None) if blend is None else blend
         wanted = self.is_built_on_rank()
         if len(prefixes) == 1 and weights is None:
-            built = build_in_turns(lambda: self._build_prefixes(prefixes, spans, [sizes]), wanted)
-            if built is None:
-                return [None] * len(Split)
-            for split, span, dataset in zip(Split, spans, built[0]):
-                if span is not None:
-                    self._check_single(split, span, prefixes[0], dataset)
-            return list(built[0])
+            single = build_in_turns(lambda: self._build_single(prefixes[0], spans, sizes), wanted)
+            return [None] * len(Split) if single is None else list(single)
         sizes_per_prefix = _sizes_per_prefix(len(prefixes), weights, sizes)
         built = build_in_turns(lambda: self._build_prefixes(prefixes, spans, sizes_per_prefix), wanted)
         blends: list[TopLevel] = []
@@ -107,22 +102,27 @@ class BlendedMegatronDatasetBuilder:
             )
         return blends
 
-    def _check_single(self, split: Split, span: Span, prefix: str | None, dataset: MidLevel) -> None:
-        """Stop if the only source leaves the training split without data; say so for the others."""
-        if dataset is None:
-            _require_train_data(split, str(prefix))
-            log_single_rank(
-                logger,
-                logging.WARNING,
-                f"The {split.name} split of {prefix}, {span} of its documents, rounds to none: "
-                "there will be no such dataset. Give it a larger share with --split to have one",
-            )
-        elif len(dataset) == 0 and self.sizes[split.value] != 0:
-            raise DataError(
-                str(prefix),
-                f"the {split.name} split is smaller than one sample of {self.config.sequence_length} tokens",
-                "give it a larger share with --split, or add data",
-            )
+    def _build_single(
+        self, prefix: str | None, spans: Sequence[Span], sizes: Sequence[int | None]
+    ) -> list[MidLevel]:
+        """The splits of the only source; stops if training has no data, and says so for the others."""
+        datasets = self._build_prefixes([prefix], spans, [sizes])[0]
+        for split, span, size, dataset in zip(Split, spans, sizes, datasets):
+            if dataset is None and span is not None:
+                _require_train_data(split, str(prefix))
+                log_single_rank(
+                    logger,
+                    logging.WARNING,
+                    f"The {split.name} split of {prefix}, {span} of its documents, rounds to none: "
+                    "there will be no such dataset. Give it a larger share with --split to have one",
+                )
+            elif dataset is not None and len(dataset) == 0 and size != 0:
+                raise DataError(
+                    str(prefix),
+                    f"the {split.name} split is smaller than one sample of {self.config.sequence_length} tokens",
+                    "give it a larger share with --split, or add data",
+                )
+        return datasets
 
     def _build_blend(
         self,
@@ -134,8 +134,11 @@ class BlendedMegatronDatasetBuilder:
     ) -> BlendedDataset | None:
         """Mix one split of several prefixes; those without a sample in it are left out, which is said."""
         assert built is not None, "blends are built where their datasets are"
+        size = self.sizes[split.value]
         members = [
-            i for i in range(len(prefixes)) if (dataset := built[i][split.value]) is not None and len(dataset)
+            i
+            for i in range(len(prefixes))
+            if (dataset := built[i][split.value]) is not None and (len(dataset) or size == 0)
         ]
         if len(members) < len(prefixes):
             empty = [str(prefixes[i]) for i in range(len(prefixes)) if i not in members]
@@ -149,7 +152,6 @@ class BlendedMegatronDatasetBuilder:
         if not datasets:
             _require_train_data(split, ", ".join(map(str, prefixes)))
             return None
-        size = self.sizes[split.value]
         if weights is None:
             lengths = [len(dataset) for dataset in datasets]
             return BlendedDataset(

@@ -153,7 +153,7 @@ class IndexedDataset(torch.utils.data.Dataset):
     def exists(path_prefix: str) -> bool:
         """Whether both files are there."""
         if is_object_storage_path(path_prefix):
-            return all(utils_s3.object_exists(path(path_prefix)) for path in (get_idx_path, get_bin_path))
+            return all(utils_s3.url_exists(path(path_prefix)) for path in (get_idx_path, get_bin_path))
         return files_exist(path_prefix)
 
     def verify(self) -> None:

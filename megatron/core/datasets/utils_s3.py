@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy
 
@@ -53,8 +53,41 @@ def open_filesystem(path: str) -> tuple[Any, str]:
         ) from error
 
 
-def object_exists(path: str) -> bool:
-    """Whether the URL names an object."""
+class S3Client(Protocol):
+    """The methods of a boto3 S3 client that `object_exists` and callers of v0.9's helpers use."""
+
+    def download_file(self, Bucket: str, Key: str, Filename: str) -> None:
+        """Copy an object to a local file."""
+
+    def upload_file(self, Filename: str, Bucket: str, Key: str) -> None:
+        """Copy a local file to an object."""
+
+    def head_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+        """Meta data of an object."""
+
+    def get_object(self, Bucket: str, Key: str, Range: str) -> dict[str, Any]:
+        """A byte range of an object."""
+
+    def close(self) -> None:
+        """End the client."""
+
+
+def object_exists(client: S3Client, path: str) -> bool:
+    """Whether an `s3://` path names an object, asked through a boto3 client."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = parse_s3_path(path)
+    try:
+        client.head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "404":
+            return False
+        raise
+    return True
+
+
+def url_exists(path: str) -> bool:
+    """Whether the URL names an object, asked through fsspec."""
     filesystem, inner = open_filesystem(path)
     return bool(filesystem.exists(inner))
 
