@@ -60,8 +60,14 @@ class RunOutput:
         self.journal_path, self.identity = journal_path, identity
         self.progress = Progress()
 
-    def start(self) -> None:
-        """Begin with empty files."""
+    def begin(self) -> None:
+        """Begin with empty files and forget any interrupted run."""
+        for path in self._set_aside():
+            if os.path.exists(path):
+                os.unlink(path)
+        self._start()
+
+    def _start(self) -> None:
         self.files = [TokenFile(prefix, self.dtype) for prefix in self.prefixes]
         self.journal = JournalWriter(self.journal_path, self.identity)
 
@@ -74,20 +80,25 @@ class RunOutput:
 
         Its files are set aside, then copied as far as they are complete, so a restore can itself be interrupted.
         """
-        paths = [get_bin_path(prefix) + PARTIAL for prefix in self.prefixes]
+        aside = self._set_aside()
         if not os.path.exists(self.journal_path + INTERRUPTED):
-            for path in [*paths, self.journal_path]:
-                if os.path.exists(path):
-                    os.replace(path, path + INTERRUPTED)
+            for path in aside:
+                if os.path.exists(path.removesuffix(INTERRUPTED)):
+                    os.replace(path.removesuffix(INTERRUPTED), path)
         records = read_journal(self.journal_path + INTERRUPTED, self.identity)
         first = next(records, None)  # checks the identity before anything is overwritten
-        self.start()
+        self._start()
         if first is not None:
-            self._copy([path + INTERRUPTED for path in paths], first, records)
+            self._copy(aside[:-1], first, records)
         self.commit()
-        for path in [*paths, self.journal_path]:
-            if os.path.exists(path + INTERRUPTED):
-                os.unlink(path + INTERRUPTED)
+        for path in aside:
+            if os.path.exists(path):
+                os.unlink(path)
+
+    def _set_aside(self) -> list[str]:
+        """Where the files of an interrupted run wait while they are restored; the journal last."""
+        tokens = [get_bin_path(prefix) + PARTIAL for prefix in self.prefixes]
+        return [path + INTERRUPTED for path in [*tokens, self.journal_path]]
 
     def _copy(self, paths: list[str], first: Record, records: Iterator[Record]) -> None:
         sources = [numpy.memmap(path, self.dtype, "r") if os.path.getsize(path) else [] for path in paths]

@@ -117,11 +117,6 @@ class Run:
             merge(parts, f"{self.prefix}_{suffix}", self.settings.dtype)
 
     def _encode_all(self, pool: ProcessPoolExecutor, start: float) -> None:
-        pool.submit(
-            os.getpid
-        ).result()  # the processes exist before torch is imported, and so do not carry it
-        from megatron.training.preprocessing.output import RunOutput
-
         output = RunOutput(
             self.prefixes, self.settings.dtype, f"{self.prefix}.preprocess-journal", self._identity()
         )
@@ -129,7 +124,7 @@ class Run:
             output.restore()
             print(f"Resuming behind line {output.progress.lines} of the input")
         else:
-            output.start()
+            output.begin()
         print(f"Time to startup: {time.time() - start}", flush=True)
         report = ProgressReport(self.args.log_interval, input_bytes(self.paths))
         committed = time.monotonic()
