@@ -25,6 +25,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.gang.harness import run_gang
 
@@ -44,13 +45,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Run:
     """The recorded run (tests/golden/checkpoints/opt/config.json) in a layout of one's choice."""
 
-    def __init__(self, tp: int, pp: int, ddp: dict[str, Any], global_batch_size: int) -> None:
+    def __init__(
+        self,
+        tp: int,
+        pp: int,
+        ddp: dict[str, Any],
+        global_batch_size: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         parallel_state.initialize_model_parallel(tp, pp)
         tensor_parallel.random.model_parallel_cuda_manual_seed(123)
         config = TransformerConfig(
             num_layers=2, hidden_size=32, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0,
-            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=torch.float32,
-            attention_softmax_in_fp32=True,
+            tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, pipeline_dtype=dtype,
+            attention_softmax_in_fp32=True, **(half := {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16}),
         )  # fmt: skip
         self.model = GPTModel(
             config,
@@ -63,11 +71,14 @@ class Run:
         )
         for param in self.model.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
-        self.wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(**ddp), self.model)
+        wrapped = Float16Module(config, self.model) if any(half.values()) else self.model
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **ddp)
+        self.wrapped = DistributedDataParallel(config, ddp_config, wrapped)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 lr=1e-3, min_lr=1e-5, weight_decay=0.1, adam_beta2=0.95, clip_grad=1.0,
-                use_distributed_optimizer=self.wrapped.ddp_config.use_distributed_optimizer,
+                use_distributed_optimizer=ddp_config.use_distributed_optimizer, initial_loss_scale=64.0,
+                params_dtype=dtype, **half,
             ),
             [self.wrapped],
         )  # fmt: skip
@@ -197,31 +208,41 @@ def test_recorded_run_continues(checkpoints, name, ranks, tp, pp, ddp, kind):
                 assert deviation.max() < 2e-6, key
 
 
-def _save_and_resume(directory: str, tp: int, pp: int, ddp: dict[str, Any], kind: dict[str, Any]) -> bool:
+def _save_and_resume(
+    directory: str, tp: int, pp: int, ddp: dict[str, Any], kind: dict[str, Any], dtype: torch.dtype
+) -> bool:
     """Train on, save, train on; then load what was saved into a fresh run: is its future the same, bit for bit?"""
     replicas = dist.get_world_size() // (tp * pp)
-    first = Run(tp, pp, ddp, 2 * replicas)
+    first = Run(tp, pp, ddp, 2 * replicas, dtype)
     first.train(2)
     dist_checkpointing.save(first.sharded_state(False, **kind), directory)
     straight = first.train(2)
     parallel_state.destroy_model_parallel()
-    second = Run(tp, pp, ddp, 2 * replicas)
+    second = Run(tp, pp, ddp, 2 * replicas, dtype)
     second.load_distributed(Path(directory), **kind)
     again = second.train(2)
     same = all(torch.equal(value, second.weights()[key]) for key, value in first.weights().items())
     return same and straight == again
 
 
+BUCKETS = {"sharding_type": "fully_sharded_bucket_space"}
+
+
 @pytest.mark.parametrize(
-    "ranks,tp,pp,ddp,kind",
+    "ranks,tp,pp,ddp,kind,dtype",
     [
-        (1, 1, 1, {}, {}),
-        (4, 2, 2, {}, {}),
-        (4, 2, 1, SHARDED, {}),
-        (4, 1, 2, SHARDED, {}),
-        (2, 1, 1, SHARDED, DPZERO),
-        (2, 1, 1, OVERLAPPED, {"sharding_type": "fully_sharded_bucket_space"}),
+        (1, 1, 1, {}, {}, torch.float32),
+        (4, 2, 2, {}, {}, torch.float32),
+        (4, 2, 1, SHARDED, {}, torch.float32),
+        (4, 1, 2, SHARDED, {}, torch.float32),
+        (2, 1, 1, SHARDED, DPZERO, torch.float32),
+        (2, 1, 1, OVERLAPPED, BUCKETS, torch.float32),
+        (2, 1, 1, {}, {}, torch.bfloat16),
+        (2, 1, 2, {}, {}, torch.float16),
+        (4, 2, 1, SHARDED, {}, torch.bfloat16),
+        (2, 1, 1, OVERLAPPED, {}, torch.float16),
+        (2, 1, 1, SHARDED, DPZERO, torch.float16),
     ],
 )
-def test_own_checkpoints_resume_bitwise(tmp_path, ranks, tp, pp, ddp, kind):
-    assert run_gang(ranks, _save_and_resume, str(tmp_path), tp, pp, ddp, kind) == [True] * ranks
+def test_own_checkpoints_resume_bitwise(tmp_path, ranks, tp, pp, ddp, kind, dtype):
+    assert run_gang(ranks, _save_and_resume, str(tmp_path), tp, pp, ddp, kind, dtype) == [True] * ranks
