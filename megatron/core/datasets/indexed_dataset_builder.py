@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from array import array
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy
@@ -14,6 +14,9 @@ from megatron.core.datasets.files import write_atomically
 from megatron.core.datasets.token_files import HEADER, MAGIC, VERSION, TokenIndex, get_bin_path, get_idx_path
 from megatron.core.datasets.token_types import DType
 from megatron.core.errors import DataError
+
+# Read at once when one file is appended to another.
+_COPY_BYTES = 1 << 24
 
 
 class _Column:
@@ -41,7 +44,7 @@ class _Column:
         spilled_bytes = 0 if self._spilled is None else self._spilled.tell()
         return spilled_bytes // self._recent.itemsize + len(self._recent)
 
-    def chunks(self) -> Any:
+    def chunks(self) -> Iterator[numpy.ndarray]:
         """The values in order, as arrays."""
         dtype = numpy.dtype(self._recent.typecode)
         if self._spilled is not None:
@@ -119,8 +122,15 @@ class IndexedDatasetBuilder:
             self._add_lengths(other.lengths[start : start + step], modes)
         for start in range(1, other.boundaries.size, step):
             self._boundaries.extend(first + other.boundaries[start : start + step])
-        with open(get_bin_path(path_prefix), "rb") as source:
-            shutil.copyfileobj(source, self._bin, 1 << 24)
+        # Not to the end of the file: bytes that belong to no sequence would shift all that follows.
+        remaining = other.token_bytes
+        with open(get_bin_path(path_prefix), "rb", buffering=0) as source:
+            while remaining:
+                block = source.read(min(remaining, _COPY_BYTES))
+                if not block:
+                    raise other.damaged(f"needs {remaining} bytes more than its .bin has")
+                self._bin.write(block)
+                remaining -= len(block)
 
     def finalize(self, idx_path: str) -> None:
         """Close `.bin` and write `.idx`, which makes the dataset exist for readers."""

@@ -56,24 +56,24 @@ class TokenIndex:
         self.content = content
         self.bin_bytes = bin_bytes
         if content.size < HEADER.size:
-            raise self._damaged(f"has {content.size} bytes, fewer than a header of {HEADER.size}")
+            raise self.damaged(f"has {content.size} bytes, fewer than a header of {HEADER.size}")
         magic, version, code, sequences, boundaries = HEADER.unpack(content[: HEADER.size].tobytes())
         if magic != MAGIC:
-            raise self._damaged("bad header, cannot read: it does not begin with MMIDIDX")
+            raise self.damaged("bad header, cannot read: it does not begin with MMIDIDX")
         if version != VERSION:
-            raise self._damaged(f"bad version, cannot read: it is {version}, not {VERSION}")
+            raise self.damaged(f"bad version, cannot read: it is {version}, not {VERSION}")
         if code not in DType._value2member_map_:
-            raise self._damaged(f"names token type {code}; the format has codes 1 to {len(DType)}")
+            raise self.damaged(f"names token type {code}; the format has codes 1 to {len(DType)}")
         self.dtype = numpy.dtype(DType.dtype_from_code(code))
         self.sequences = sequences
         # Other writers may add modes that this reader was not told of, so S more bytes are always fine.
         needed = HEADER.size + 12 * sequences + 8 * boundaries + (sequences if multimodal else 0)
         if content.size not in (needed, needed + sequences):
-            raise self._damaged(
+            raise self.damaged(
                 f"has {content.size} bytes where {sequences} sequences and {boundaries - 1} documents take {needed}"
             )
         if boundaries == 0:
-            raise self._damaged("has no document boundaries, not even the final one")
+            raise self.damaged("has no document boundaries, not even the final one")
         start = HEADER.size
         self.lengths = content[start : start + 4 * sequences].view("<i4")
         start += 4 * sequences
@@ -83,7 +83,7 @@ class TokenIndex:
         start += 8 * boundaries
         self.modes = content[start : start + sequences].view(numpy.int8) if multimodal else None
         if self.boundaries[0] != 0 or self.boundaries[-1] != sequences:
-            raise self._damaged(
+            raise self.damaged(
                 f"document boundaries run from {self.boundaries[0]} to {self.boundaries[-1]}, not from 0 to {sequences}"
             )
         if sequences:
@@ -97,6 +97,14 @@ class TokenIndex:
         idx_path = get_idx_path(path_prefix)
         return cls(idx_path, map_readonly(idx_path), os.path.getsize(get_bin_path(path_prefix)), multimodal)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of `.bin` that belong to sequences."""
+        if not self.sequences:
+            return 0
+        offset, length = self.extent(self.sequences - 1)
+        return offset + length * self.dtype.itemsize
+
     def extent(self, i: int) -> tuple[int, int]:
         """Byte offset and token count of sequence i, checked against its successor or the end of `.bin`."""
         offset, length = int(self.pointers[i]), int(self.lengths[i])
@@ -105,7 +113,7 @@ class TokenIndex:
         limit = self.bin_bytes if last else int(self.pointers[i + 1])
         if offset < 0 or length < 0 or end > limit or (end != limit and not last):
             bound = f"{limit} bytes of the .bin" if last else f"offset {limit} of the next"
-            raise self._damaged(
+            raise self.damaged(
                 f"sequence {i} has {length} tokens at byte {offset}, ending at {end}, which contradicts {bound}"
             )
         return offset, length
@@ -113,6 +121,10 @@ class TokenIndex:
     def verify(self) -> None:
         """Check every length, offset and boundary. Reads the whole index; the constructor reads only its ends."""
         step = 1 << 22
+        if self.sequences and self.pointers[0] != 0:
+            raise self.damaged(
+                f"the first sequence begins at byte {self.pointers[0]} of the .bin, not at its start"
+            )
         for start in range(0, self.sequences, step):
             lengths = self.lengths[start : start + step].astype(numpy.int64)
             pointers = self.pointers[start : start + step + 1].astype(numpy.int64)
@@ -124,7 +136,7 @@ class TokenIndex:
         for start in range(0, self.boundaries.size, step):
             falls = numpy.flatnonzero(numpy.diff(self.boundaries[start : start + step + 1]) < 0)
             if falls.size:
-                raise self._damaged(f"document {start + int(falls[0])} ends before it begins")
+                raise self.damaged(f"document {start + int(falls[0])} ends before it begins")
 
     def fingerprint(self) -> dict[str, int | str]:
         """What identifies the content as far as sample indices depend on it, at the cost of a few page reads.
@@ -142,7 +154,8 @@ class TokenIndex:
             "idx_digest": digest.hexdigest(),
         }
 
-    def _damaged(self, why: str) -> DataError:
+    def damaged(self, why: str) -> DataError:
+        """The error for a file that cannot be trusted."""
         return DataError(self.path, why, _REBUILD)
 
 

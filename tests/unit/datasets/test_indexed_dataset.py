@@ -103,6 +103,23 @@ def test_merge_concatenates(tmp_path: Path) -> None:
         IndexedDatasetBuilder(f"{tmp_path}/x.bin", np.uint16).add_index("bin/null32_text_document")
 
 
+def test_merge_leaves_out_bytes_that_belong_to_no_sequence(tmp_path: Path) -> None:
+    """As after a writer that died between its tokens and its index."""
+    for name in ("a", "b"):
+        part = f"gpt_{name}_text_document"
+        (tmp_path / f"{part}.idx").write_bytes(Path(f"bin/{part}.idx").read_bytes())
+        (tmp_path / f"{part}.bin").write_bytes(Path(f"bin/{part}.bin").read_bytes() + b"trailing")
+    builder = IndexedDatasetBuilder(f"{tmp_path}/all.bin", np.uint16)
+    for part in (
+        tmp_path / "gpt_a_text_document",
+        tmp_path / "gpt_b_text_document",
+        "bin/gpt_c_text_document",
+    ):
+        builder.add_index(str(part))
+    builder.finalize(f"{tmp_path}/all.idx")
+    assert_same_files(tmp_path / "all", "bin/gpt_text_document")
+
+
 def test_access_paths() -> None:
     dataset = IndexedDataset("bin/gpt_text_document")
     first = dataset[0]
@@ -292,6 +309,18 @@ def test_damaged_headers_and_sizes(change: Any, message: str, tmp_path: Path) ->
     with pytest.raises(DataError, match=message) as error:
         IndexedDataset(damaged(tmp_path, change))
     assert "Fix: run tools/preprocess_data.py again" in str(error.value)
+
+
+def test_first_sequence_not_at_the_start(tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(f"{tmp_path}/x.bin", np.uint16)
+    builder.add_document([1, 2, 3], [3])
+    builder.finalize(f"{tmp_path}/x.idx")
+    raw = bytearray((tmp_path / "x.idx").read_bytes())
+    raw[34 + 4] = 2
+    (tmp_path / "x.idx").write_bytes(raw)
+    (tmp_path / "x.bin").write_bytes(b"12345678")
+    with pytest.raises(DataError, match="begins at byte 2"):
+        IndexedDataset(f"{tmp_path}/x").verify()
 
 
 def test_missing_file_names_the_prefix(tmp_path: Path) -> None:
