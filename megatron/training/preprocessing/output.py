@@ -62,7 +62,7 @@ class RunOutput:
 
     def begin(self) -> None:
         """Begin with empty files and forget any interrupted run."""
-        for path in self._set_aside():
+        for path in reversed(self._set_aside()):
             if os.path.exists(path):
                 os.unlink(path)
         self._start()
@@ -91,7 +91,7 @@ class RunOutput:
         if first is not None:
             self._copy(aside[:-1], first, records)
         self.commit()
-        for path in aside:
+        for path in reversed(aside):  # the journal first: without it the others mean nothing
             if os.path.exists(path):
                 os.unlink(path)
 

@@ -69,8 +69,7 @@ def test_the_simple_rule() -> None:
         'He said "no."',
         "Then?",
         "(Yes!)",
-        "3.5 is a number.",
-        "etc. and more",
+        "3.5 is a number. etc. and more",
     ]
     assert split("你好。世界！好") == ["你好。", "世界！", "好"]
     assert split(" \n ") == []
