@@ -126,19 +126,21 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
     return splits
 
 
+def run() -> None:
+    """Pretrain as the command line says."""
+    train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+    pretrain(
+        train_valid_test_datasets_provider,
+        model_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+    )
+
+
 def main() -> None:
     """Entry point of `pretrain-gpt`."""
-    train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
-    run_main(
-        partial(
-            pretrain,
-            train_valid_test_datasets_provider,
-            model_provider,
-            ModelType.encoder_or_decoder,
-            forward_step,
-            args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
-        )
-    )
+    run_main(run)
 
 
 if __name__ == "__main__":

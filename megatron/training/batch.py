@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import device, parallel_state
+from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.context_parallel import split
 from megatron.core.datasets.packing import document_attention_mask, document_position_ids
 from megatron.training.context import TrainContext
@@ -59,6 +60,15 @@ def get_batch_on_this_tp_rank(
         dist.broadcast(tensor, source, group=group)
         batch[key] = tensor
     return batch
+
+
+def get_fields_on_this_tp_rank(data_iterator: Any, keys: Sequence[str]) -> dict[str, Tensor]:
+    """These int64 fields of the next micro-batch on every tensor-parallel rank; the first one reads, the others receive.
+
+    For BERT and T5, whose stages all need the padding and therefore all read. All ranks of the group call.
+    """
+    reads = parallel_state.get_tensor_model_parallel_rank() == 0
+    return tensor_parallel.broadcast_data(keys, next(data_iterator) if reads else None, torch.int64)
 
 
 def makes_attention_mask(args: Any) -> bool:

@@ -22,7 +22,7 @@ def masked_token_loss(loss_mask: Tensor, output_tensor: Tensor, name: str = "lm 
     Raises TrainingError if the loss is NaN and `--no-check-for-nan-in-loss-and-grad` was not given.
     """
     args = get_context().args
-    losses = output_tensor.float() if output_tensor.dtype != torch.float64 else output_tensor
+    losses = in_full_precision(output_tensor)
     mask = loss_mask.reshape(-1).to(losses.dtype)
     total = torch.stack([torch.sum(losses.reshape(-1) * mask), mask.sum()])
     own = total[0]
@@ -38,6 +38,11 @@ def masked_token_loss(loss_mask: Tensor, output_tensor: Tensor, name: str = "lm 
         dist.all_reduce(reported, group=parallel_state.get_data_parallel_group())
     scale = 1 if args.calculate_per_token_loss else cp
     return own * scale, total[1].detach().to(torch.int), {name: (reported[0], reported[1])}
+
+
+def in_full_precision(values: Tensor) -> Tensor:
+    """Half-precision values as fp32, others as they are."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def check_loss(loss: Tensor, name: str) -> None:

@@ -25,6 +25,9 @@ class T5MaskedWordPieceDatasetConfig(MaskedWordPieceDatasetConfig):
     sequence_length_decoder: int | None = None
     """Tokens of the decoder input."""
 
+    create_attention_masks: bool = True
+    """Put the three attention masks, which are large and follow from the tokens, into every sample."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.sequence_length_encoder = self.sequence_length
@@ -75,16 +78,18 @@ class T5MaskedWordPieceDataset(MaskedWordPieceDataset):
                 )
         text_enc = padded(encoder, encoder_length, tokenizer.pad)
         text_dec = padded(decoder, decoder_length, tokenizer.pad)
-        return {
+        sample: dict[str, int | numpy.ndarray] = {
             "text_enc": text_enc,
             "text_dec": text_dec,
             "labels": padded([*spelled_out, tokenizer.eos], decoder_length, -1),
             "loss_mask": padded([1] * len(decoder), decoder_length, 0),
             "truncated": int(len(token_ids) > target_length),
-            "enc_mask": _visible(text_enc, text_enc),
-            "dec_mask": numpy.tril(_visible(text_dec, text_dec)),
-            "enc_dec_mask": _visible(text_dec, text_enc),
         }
+        if self.config.create_attention_masks:
+            sample["enc_mask"] = _visible(text_enc, text_enc)
+            sample["dec_mask"] = numpy.tril(_visible(text_dec, text_dec))
+            sample["enc_dec_mask"] = _visible(text_dec, text_enc)
+        return sample
 
     def _with_sentinels(self, masked: Masked) -> tuple[list[int], list[int]]:
         """The text with a sentinel for each span, and each sentinel followed by what it stands for."""

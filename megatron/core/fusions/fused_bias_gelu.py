@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron.core.kernels.registry import register
+from megatron.core.kernels.registry import HALF, register
 
 SQRT_2_OVER_PI = 0.79788456
 CUBIC = 0.044715
@@ -35,19 +35,36 @@ def bias_gelu_back(g: Tensor, bias: Tensor, y: Tensor) -> Tensor:
 
 
 class GeLUFunction(torch.autograd.Function):
-    """`bias_gelu` with torch's vectorised tanh-gelu, saving only its two inputs."""
+    """`bias_gelu` with few and cheap passes over memory.
+
+    In fp32 tanh is what costs: (1 + tanh u) / 2 = sigmoid(2u) takes a seventh of its time on a CPU and is kept for the backward
+    pass. In half precision the steps in between would be rounded, so torch's fused gelu computes inside registers.
+    """
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor) -> Tensor:
         """input [..., f], bias [f] -> [..., f]."""
-        ctx.save_for_backward(input, bias)
-        return F.gelu(input + bias, approximate="tanh")
+        x = input + bias
+        if x.dtype in HALF:
+            ctx.save_for_backward(x)
+            return F.gelu(x, approximate="tanh")
+        slope = x.new_full((), 2 * SQRT_2_OVER_PI)
+        gate = torch.addcmul(slope, x, x, value=2 * SQRT_2_OVER_PI * CUBIC).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, gate)
+        return x * gate
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """grad_output [..., f] -> gradients of input [..., f] and bias [f]."""
-        input, bias = ctx.saved_tensors
-        grad = torch.ops.aten.gelu_backward(grad_output, input + bias, approximate="tanh")
+        x, *gates = ctx.saved_tensors
+        if not gates:
+            grad = torch.ops.aten.gelu_backward(grad_output, x, approximate="tanh")
+            return grad, grad.reshape(-1, grad.shape[-1]).sum(0)
+        gate = gates[0]
+        # d/dx (x s(2u)) = s + x s (1 - s) 2u'
+        slope = x.new_full((), 2 * SQRT_2_OVER_PI)
+        grad = torch.addcmul(slope, x, x, value=6 * SQRT_2_OVER_PI * CUBIC).mul_(x)
+        grad.mul_(torch.addcmul(gate, gate, gate, value=-1)).add_(gate).mul_(grad_output)
         return grad, grad.reshape(-1, grad.shape[-1]).sum(0)
 
 

@@ -1,13 +1,13 @@
 """Cross entropy over a vocabulary divided among ranks, in one pass and without fp32 copies of the logits.
 
-With z the logits of one token, the loss is log(sum exp z) - z[target]. Each rank holds a slice of z; two
-small all-reduces (maximum, then sum and target logit together) join them. The forward pass leaves
-softmax(z) in the dtype of the logits, which is all the backward pass needs: softmax(z) - onehot(target).
+With z the logits of one token, the loss is log(sum exp z) - z[target]. Each rank holds a slice of z; two small
+all-reduces (maximum, then sum and target logit together) join them. The gradient is softmax(z) - onehot(target).
 The eager reference is v0.9's arithmetic: everything in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,32 +100,44 @@ def vocab_cross_entropy_eager(
     return loss if spread == 0.0 else loss - spread * log_probs.mean(-1)
 
 
-_CHUNK_ELEMENTS = (
-    1 << 18
-)  # rows are taken so many elements at a time: about 1 MB of fp32, which stays in a core's cache
+_CHUNK_ELEMENTS = 1 << 18  # rows are taken so many elements at a time: about 1 MB of fp32, which stays in a core's cache
 
 
-def _softmax_rows(logits: Tensor, out: Tensor, target: Tensor, keep: float, spread: float) -> Tensor:
-    """Write softmax of [t, v] rows to `out` (may be `logits`) chunk by chunk; returns the loss [t] in fp32
-    or wider.
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Blocks of rows that fit a cache; one block on an accelerator, where a launch costs more than a pass over memory."""
+    rows, width = logits.shape
+    step = max(1, _CHUNK_ELEMENTS // max(width, 1)) if logits.device.type == "cpu" else max(rows, 1)
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+def _statistics(
+    logits: Tensor, exponentials: Tensor | None, local: Tensor, outside: Tensor | None, with_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """logits [t, v/tp], local target [t] -> (maximum [t], rows (sum of exp, target logit, sum of logits) [2 or 3, t]).
+
+    exp(logits - maximum) is left in `exponentials` (may be `logits`) if given.
     """
-    tokens, vocab = logits.shape
-    loss = torch.empty(tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    step = max(1, _CHUNK_ELEMENTS // max(vocab, 1))
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        # fp32 inside the chunk only: the logarithm must not be rounded to half precision
-        log_probs = torch.log_softmax(logits[rows], dim=-1, dtype=loss.dtype)
-        part = log_probs.gather(1, target[rows].unsqueeze(1)).squeeze(1).mul_(-keep)
-        if spread:
-            part.sub_(log_probs.mean(-1), alpha=spread)
-        loss[rows] = part
-        out[rows] = log_probs.exp_()
-    return loss
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    peak = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
+    sums = torch.empty(3 if with_sum else 2, logits.shape[0], dtype=wide, device=logits.device)
+    own = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(wide)
+    sums[1] = own if outside is None else own.masked_fill(outside, 0.0)
+    for rows in _chunks(logits):
+        block = logits[rows].to(wide)
+        torch.amax(block, dim=-1, out=peak[rows])
+        if with_sum:
+            torch.sum(block, dim=-1, out=sums[2, rows])
+        shifted = block if exponentials is None else exponentials[rows]  # without a buffer `block` is a copy of our own
+        torch.sub(block, peak[rows].unsqueeze(1), out=shifted)
+        torch.sum(shifted.exp_(), dim=-1, out=sums[0, rows])
+    return peak, sums
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    """One pass over the logits; the probabilities replace them when `inplace`."""
+    """Wide logits: their exponentials are kept and become the gradient. Half-precision logits: they are kept themselves and the
+    probabilities recomputed in fp32, because a probability near 1 rounded to half precision would lose its gradient.
+    """
 
     @staticmethod
     def forward(
@@ -133,71 +145,56 @@ class _VocabCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """logits [..., v/tp], target [...] -> loss [...]."""
         flat, labels = logits.detach().reshape(-1, logits.shape[-1]), target.reshape(-1)
-        probs = flat if inplace else torch.empty_like(flat)
-        ranks = group_size(group)
-        keep, spread = smoothing_shares(label_smoothing, flat.shape[-1] * ranks)
-        if ranks == 1:
-            local, outside = labels, None
-            loss = _softmax_rows(flat, probs, labels, keep, spread)
+        width, ranks = flat.shape[1], group_size(group)
+        keep, spread = smoothing_shares(label_smoothing, width * ranks)
+        local, outside = labels, None
+        if ranks > 1:
+            local = labels - dist.get_rank(group) * width
+            outside = (local < 0) | (local >= width)
+            local = local.masked_fill(outside, 0)
+        wide = flat.dtype in (torch.float32, torch.float64)
+        exponentials = (flat if inplace else torch.empty_like(flat)) if wide else None
+        peak, sums = _statistics(flat, exponentials, local, outside, spread > 0.0)
+        if ranks > 1:
+            whole = peak.clone()
+            dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=group)
+            sums[0].mul_(torch.exp(peak - whole))
+            dist.all_reduce(sums, group=group)
         else:
-            local, outside, loss = _divided(flat, probs, labels, group, keep, spread)
-        ctx.save_for_backward(probs, local, outside if outside is not None else local)
-        ctx.divided, ctx.shape, ctx.keep = outside is not None, logits.shape, keep
-        ctx.share = spread / (flat.shape[-1] * ranks)
-        ctx.spent = False
+            whole = peak
+        lse = sums[0].log().add_(whole)
+        ctx.save_for_backward(flat if exponentials is None else exponentials, local, outside, lse, peak)
+        ctx.wide, ctx.overwrite, ctx.spent = wide, inplace or wide, False
+        ctx.shape, ctx.keep, ctx.share = logits.shape, keep, spread / (width * ranks)
+        loss = (lse - sums[1]) * keep
+        if spread:
+            loss += spread * (lse - sums[2] / (width * ranks))
         return loss.view(target.shape)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """grad_output [...] -> gradient of the logits [..., v/tp], in the buffer of the probabilities."""
+        """grad_output [...] -> gradient of the logits [..., v/tp]."""
         if ctx.spent:
-            raise RuntimeError(
-                "the probabilities were overwritten by the first backward pass; run forward again"
-            )
-        ctx.spent = True
-        probs, local, outside = ctx.saved_tensors
-        weight = grad_output.reshape(-1, 1).to(probs.dtype)
-        if ctx.share:
-            probs.sub_(ctx.share)
-        grad = probs.mul_(weight)
+            raise RuntimeError("the buffer of the first backward pass was overwritten; run forward again")
+        ctx.spent = ctx.overwrite
+        kept, local, outside, lse, peak = ctx.saved_tensors
+        weight = grad_output.reshape(-1).to(lse.dtype)
         at_target = weight * -ctx.keep
-        if ctx.divided:
-            at_target = at_target.masked_fill(outside.unsqueeze(1), 0.0)
-        grad.scatter_add_(1, local.unsqueeze(1), at_target)
+        if outside is not None:
+            at_target = at_target.masked_fill_(outside, 0.0)
+        grad = kept if ctx.overwrite else torch.empty_like(kept)
+        factor = weight * torch.exp(peak - lse) if ctx.wide else weight
+        for rows in _chunks(kept):
+            if ctx.wide:
+                block = grad[rows].mul_(factor[rows].unsqueeze(1))
+            else:
+                block = kept[rows].to(lse.dtype).sub_(lse[rows].unsqueeze(1)).exp_().mul_(factor[rows].unsqueeze(1))
+            if ctx.share:
+                block.sub_(weight[rows].unsqueeze(1), alpha=ctx.share)
+            block.scatter_add_(1, local[rows].unsqueeze(1), at_target[rows].unsqueeze(1))
+            if not ctx.wide:
+                grad[rows] = block
         return grad.view(ctx.shape), None, None, None, None
-
-
-def _divided(
-    logits: Tensor, probs: Tensor, target: Tensor, group: Group | None, keep: float, spread: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward over a vocabulary divided among `group`: (local target [t], not-mine mask [t], loss [t])."""
-    tokens, width = logits.shape
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    start = dist.get_rank(group) * width
-    outside = (target < start) | (target >= start + width)
-    local = (target - start).masked_fill(outside, 0)
-    peak = logits.amax(dim=-1).to(wide)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    # rows: sum of exp, target logit, sum of logits; one reduction for all three
-    sums = torch.empty(3 if spread else 2, tokens, dtype=wide, device=logits.device)
-    step = max(1, _CHUNK_ELEMENTS // max(width, 1))
-    for first in range(0, tokens, step):
-        rows = slice(first, min(first + step, tokens))
-        shifted = logits[rows].to(wide) - peak[rows].unsqueeze(1)
-        sums[1, rows] = (
-            shifted.gather(1, local[rows].unsqueeze(1)).squeeze(1).masked_fill_(outside[rows], 0.0)
-        )
-        if spread:
-            sums[2, rows] = shifted.sum(-1)
-        sums[0, rows] = shifted.exp_().sum(-1)
-        probs[rows] = shifted
-    dist.all_reduce(sums, group=group)
-    probs.div_(sums[0].unsqueeze(1).to(probs.dtype))
-    log_total = sums[0].log()
-    loss = (log_total - sums[1]) * keep
-    if spread:
-        loss += spread * (log_total - sums[2] / (width * group_size(group)))
-    return local, outside, loss
 
 
 def vocab_cross_entropy(

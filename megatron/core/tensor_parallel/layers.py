@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from megatron.core import device, parallel_state
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
+from megatron.core.kernels import registry
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import placement
@@ -128,6 +129,27 @@ def _fused_accumulation(config: ModelParallelConfig, weight: Tensor | None) -> A
     return choose_wgrad_accumulation(kind, config.params_dtype)
 
 
+class _LookupWithGradAccumulation(torch.autograd.Function):
+    """Rows of a table whose gradient is added into main_grad row by row: no gradient of the table's size exists."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, foreign: Tensor | None, weight: Tensor, accumulate: Accumulate
+    ) -> Tensor:
+        """ids [..] of rows, weight [v, h] -> [.., h]; foreign bool [..] marks rows that get no gradient."""
+        ctx.save_for_backward(ids if foreign is None else ids.masked_fill(foreign, -1), weight)
+        ctx.accumulate = accumulate
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None, None]:
+        """grad_output [.., h] is added to the rows of main_grad."""
+        ids, weight = ctx.saved_tensors
+        ctx.accumulate(ids.reshape(-1), grad_output.reshape(-1, grad_output.shape[-1]), weight.main_grad)
+        weight.grad_added_to_main_grad = True
+        return None, None, None, None
+
+
 class VocabParallelEmbedding(torch.nn.Module):
     """A word embedding whose rows are divided among the tensor-parallel ranks.
 
@@ -168,6 +190,10 @@ class VocabParallelEmbedding(torch.nn.Module):
             groups.rank("tp"),
             groups.size("tp"),
         )
+        self._accumulate: Accumulate | None = None
+        if config.gradient_accumulation_fusion:
+            spec = registry.Spec(self.weight.device.type, config.params_dtype)
+            self._accumulate = registry.select("embedding_grad", spec)
 
     def forward(self, input_: Tensor) -> Tensor:
         """ids [b, s] -> embeddings [b, s, h], or [s/tp, b, h] with reduce_scatter_embeddings."""
@@ -175,8 +201,12 @@ class VocabParallelEmbedding(torch.nn.Module):
         if self.tensor_model_parallel_size > 1:
             foreign = (input_ < self.vocab_start_index) | (input_ >= self.vocab_end_index)
             ids = (input_ - self.vocab_start_index).masked_fill(foreign, 0)
-        # Indexing has a deterministic gradient on every device, F.embedding has not.
-        output = self.weight[ids] if self.deterministic_mode else F.embedding(ids, self.weight)
+        if self._accumulate is not None and self.weight.requires_grad and hasattr(self.weight, "main_grad"):
+            output = _LookupWithGradAccumulation.apply(ids, foreign, self.weight, self._accumulate)
+        elif self.deterministic_mode:
+            output = self.weight[ids]  # has a deterministic gradient on every device, F.embedding has not
+        else:
+            output = F.embedding(ids, self.weight)
         if foreign is not None:
             output.masked_fill_(foreign.unsqueeze(-1), 0.0)
         if self.reduce_scatter_embeddings:

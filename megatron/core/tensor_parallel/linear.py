@@ -1,5 +1,8 @@
 """The linear function of parallel layers: its gradient communication runs while its GEMMs do.
 
+With gradient accumulation fusion a weight's gradient goes straight into its main_grad: autograd gets none for it (hooks
+of the parameter run all the same) and `grad_added_to_main_grad` tells the data-parallel wrapper.
+
 Backward of y = x W^T needs dx = dy W and dW = dy^T x. Tensor parallelism must sum dx over the ranks, sequence
 parallelism must gather x again and reduce-scatter dx. Both transfers overlap with the GEMM that does not need their
 result. (On the accelerator that takes CUDA_DEVICE_MAX_CONNECTIONS=1, so that the transfer is queued first.)
@@ -140,7 +143,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
             flat_grad, flat_input = prepare_input_tensors_for_wgrad_compute(grad_output, gathered)
             if ctx.accumulate is not None:
                 ctx.accumulate(flat_input, flat_grad, weight.main_grad)
-                grad_weight = _placeholder_grad(weight)
+                weight.grad_added_to_main_grad = True
             else:
                 grad_weight = flat_grad.t().matmul(flat_input)
         if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -157,17 +160,6 @@ def _defer(ctx: Any, grad_output: Tensor) -> bool:
         return False
     buffer.append(grad_output)
     return True
-
-
-def _placeholder_grad(weight: Tensor) -> Tensor | None:
-    """What autograd gets where the true gradient is in main_grad already: it must not be None, or hooks of the
-    parameter that wait for its gradient would not run. Uninitialised memory is free; it is never read."""
-    if not hasattr(weight, "grad_added_to_main_grad"):
-        return None
-    weight.grad_added_to_main_grad = True
-    if getattr(weight, "zero_out_wgrad", False):
-        return torch.zeros_like(weight, requires_grad=False)
-    return torch.empty_like(weight, requires_grad=False)
 
 
 def linear_with_frozen_weight(

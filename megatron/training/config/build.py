@@ -53,6 +53,7 @@ def encoder_config(args: Any, decoder: TransformerConfig) -> TransformerConfig:
     """The configuration of an encoder beside `decoder`: its own depth and, where given, its own division over ranks."""
     encoder = copy.deepcopy(decoder)
     encoder.num_layers = args.encoder_num_layers
+    encoder.first_pipeline_num_layers = encoder.last_pipeline_num_layers = None  # they are about the decoder
     if args.encoder_pipeline_model_parallel_size > 0:
         encoder.pipeline_model_parallel_size = args.encoder_pipeline_model_parallel_size
     if args.encoder_tensor_model_parallel_size > 0:

@@ -54,6 +54,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     own_copy,
     write_items,
 )
+from megatron.core.dist_checkpointing.strategies.mapped import MappedFile
 from megatron.core.dist_checkpointing.strategies.resharding import (
     Box,
     cell_box,
@@ -286,6 +287,7 @@ class StoredTensors:
         self._allow_unsafe_pickle = allow_unsafe_pickle
         self._reformulated: dict[str, dict[str, Any]] = getattr(self.metadata, "mcore_data", {})
         self._chunks: dict[str, list[_Chunk]] = {}
+        self._files: dict[Path, MappedFile] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self.metadata.state_dict_metadata
@@ -387,6 +389,12 @@ class StoredTensors:
         if relative.is_absolute() or ".." in relative.parts:
             raise UnsafeFileError(str(self.directory), f"its index points outside of it, to {relative}")
         path = self.directory / relative
+        with durable.naming_path(path, "reading"):
+            if path not in self._files:
+                self._files[path] = MappedFile(path)
+            mapped = self._files[path].tensor(info.offset, info.length) if index.offset is not None else None
+        if mapped is not None:
+            return mapped
         with durable.naming_path(path, "reading"), open(path, "rb", buffering=0) as file:
             part = _FilePart(file, info.offset, info.length)
             value = load_stream(part, str(path), allow_unsafe_pickle=self._allow_unsafe_pickle)

@@ -87,9 +87,10 @@ def _intervals(
 
 
 @triton.jit
-def survivors(seed, head, rows, cols, sq, sk, prob):
-    offset = (head.to(tl.int64) * sq + rows.to(tl.int64)[:, None]) * sk + cols[None, :]
-    return tl.rand(seed, offset) >= prob
+def survivors(seed, head, rows, cols, sk, prob):
+    """bool of the broadcast shape of `rows` and `cols`: which probabilities of this head dropout keeps."""
+    # 32-bit counters: a wider one would cost a third of the registers; heads differ in their key instead
+    return tl.rand(seed + head, rows * sk + cols) >= prob
 
 
 @triton.jit
@@ -113,7 +114,7 @@ def forward_tiles(
         fade = tl.exp2(peak - safe)
         total = total * fade + tl.sum(weight, 1)
         if DROP:
-            weight = tl.where(survivors(seed, head, rows, cols, sq, sk, prob), weight / (1.0 - prob), 0.0)
+            weight = tl.where(survivors(seed, head, rows[:, None], cols[None, :], sk, prob), weight / (1.0 - prob), 0.0)
         values = tl.load(v + cols.to(tl.int64)[:, None] * v_s + dims[None, :], mask=there, other=0.0)
         acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         peak = higher
@@ -219,7 +220,7 @@ def query_grad_tiles(
         values = tl.load(v + cols.to(tl.int64)[:, None] * v_s + dims[None, :], mask=there, other=0.0)
         upstream = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         if DROP:
-            upstream = tl.where(survivors(seed, head, rows, cols, sq, sk, prob), upstream / (1.0 - prob), 0.0)
+            upstream = tl.where(survivors(seed, head, rows[:, None], cols[None, :], sk, prob), upstream / (1.0 - prob), 0.0)
         score_grad = weight * (upstream - delta[:, None])
         acc = tl.dot(score_grad.to(keys.dtype), keys, acc, input_precision=PRECISION)
     return acc
@@ -270,37 +271,6 @@ def attention_query_grad(
 
 
 @triton.jit
-def key_grad_tiles(
-    key_acc, value_acc, keys, values, q, grad, lse_in, delta_in, q_s, g_s, begin, end, first, last,
-    sq, sk, seed, head, cols, scale, prob,
-    MASK: tl.constexpr, DROP: tl.constexpr, HEAD: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    dims = tl.arange(0, WIDE)
-    for start in range(begin, end, BM):
-        rows = start + tl.arange(0, BM)
-        there = (rows[:, None] < sq) & (dims[None, :] < HEAD)
-        queries = tl.load(q + rows.to(tl.int64)[:, None] * q_s + dims[None, :], mask=there, other=0.0)
-        upstream = tl.load(grad + rows.to(tl.int64)[:, None] * g_s + dims[None, :], mask=there, other=0.0)
-        lse = tl.load(lse_in + rows, mask=rows < sq, other=0.0)
-        delta = tl.load(delta_in + rows, mask=rows < sq, other=0.0)
-        weight = tl.exp2(tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale - lse[:, None])
-        if MASK:
-            seen = (rows[:, None] >= first[None, :]) & (rows[:, None] < last[None, :])
-            weight = tl.where(seen, weight, 0.0)
-        slope = tl.dot(upstream, tl.trans(values), input_precision=PRECISION)
-        used = weight
-        if DROP:
-            kept = survivors(seed, head, rows, cols, sq, sk, prob)
-            used = tl.where(kept, weight / (1.0 - prob), 0.0)
-            slope = tl.where(kept, slope / (1.0 - prob), 0.0)
-        value_acc = tl.dot(tl.trans(used.to(upstream.dtype)), upstream, value_acc, input_precision=PRECISION)
-        score_grad = weight * (slope - delta[:, None])
-        key_acc = tl.dot(tl.trans(score_grad.to(queries.dtype)), queries, key_acc, input_precision=PRECISION)
-    return key_acc, value_acc
-
-
-@triton.jit
 def attention_key_grad(
     q, k, v, grad, lse_in, delta_in, grad_k, grad_v, first_query, last_query, seed_in, sq, sk, heads, groups,
     q_s, q_b, q_h, k_s, k_b, k_h, v_s, v_b, v_h, g_s, g_b, g_h, d_s, d_b, d_h, scale, scale_log2, prob,
@@ -320,32 +290,36 @@ def attention_key_grad(
     last = tl.load(last_query + cols, mask=valid, other=0)
     begin = tl.min(tl.where(valid, first, sq), 0) // BM * BM
     end = tl.max(last, 0)
-    full_begin = tl.maximum((tl.max(first, 0) + BM - 1) // BM * BM, begin)
-    full_end = tl.maximum(tl.min(tl.where(valid, last, sq), 0) // BM * BM, full_begin)
     seed = tl.load(seed_in) if DROP else 0
     key_acc = tl.zeros([BN, WIDE], dtype=tl.float32)
     value_acc = tl.zeros([BN, WIDE], dtype=tl.float32)
     share = heads // groups
     for member in range(share):
         h = g * share + member
-        head = (b * heads + h).to(tl.int32)
+        head = b * heads + h
         q_head = q + b * q_b + h * q_h
         g_head = grad + b * g_b + h * g_h
-        lse = lse_in + (b * heads + h) * sq
-        delta = delta_in + (b * heads + h) * sq
-        key_acc, value_acc = key_grad_tiles(
-            key_acc, value_acc, keys, values, q_head, g_head, lse, delta, q_s, g_s, begin,
-            tl.minimum(full_begin, end), first, last, sq, sk, seed, head, cols, scale_log2, prob,
-            True, DROP, HEAD, WIDE, BM, PRECISION,
-        )  # fmt: skip
-        key_acc, value_acc = key_grad_tiles(
-            key_acc, value_acc, keys, values, q_head, g_head, lse, delta, q_s, g_s, full_begin, full_end,
-            first, last, sq, sk, seed, head, cols, scale_log2, prob, False, DROP, HEAD, WIDE, BM, PRECISION,
-        )  # fmt: skip
-        key_acc, value_acc = key_grad_tiles(
-            key_acc, value_acc, keys, values, q_head, g_head, lse, delta, q_s, g_s, full_end, end,
-            first, last, sq, sk, seed, head, cols, scale_log2, prob, True, DROP, HEAD, WIDE, BM, PRECISION,
-        )  # fmt: skip
+        # one masked loop: a second copy of it for unmasked tiles costs more in spilled registers than the mask does
+        for start in range(begin, end, BM):
+            rows = start + tl.arange(0, BM)
+            there = (rows[:, None] < sq) & (dims[None, :] < HEAD)
+            queries = tl.load(q_head + rows.to(tl.int64)[:, None] * q_s + dims[None, :], mask=there, other=0.0)
+            upstream = tl.load(g_head + rows.to(tl.int64)[:, None] * g_s + dims[None, :], mask=there, other=0.0)
+            lse = tl.load(lse_in + head * sq + rows, mask=rows < sq, other=0.0)
+            delta = tl.load(delta_in + head * sq + rows, mask=rows < sq, other=0.0)
+            # everything is computed transposed, [keys, queries]: it then is the left operand of both products as it stands
+            weight = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2 - lse[None, :])
+            seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
+            weight = tl.where(seen, weight, 0.0)
+            slope = tl.dot(values, tl.trans(upstream), input_precision=PRECISION)
+            used = weight
+            if DROP:
+                kept = survivors(seed, head, rows[None, :], cols[:, None], sk, prob)
+                used = tl.where(kept, weight / (1.0 - prob), 0.0)
+                slope = tl.where(kept, slope / (1.0 - prob), 0.0)
+            value_acc = tl.dot(used.to(upstream.dtype), upstream, value_acc, input_precision=PRECISION)
+            score_grad = weight * (slope - delta[None, :])
+            key_acc = tl.dot(score_grad.to(queries.dtype), queries, key_acc, input_precision=PRECISION)
     place = b * d_b + g * d_h + far * d_s + dims[None, :]
     tl.store(grad_k + place, (key_acc * scale).to(grad_k.dtype.element_ty), mask=tile)
     tl.store(grad_v + place, value_acc.to(grad_v.dtype.element_ty), mask=tile)

@@ -68,8 +68,8 @@ def activation_backward(
         gate_bias = tl.load(bias + cols, mask=used, other=0.0).to(tl.float32)
         if KIND != 0:
             up_bias = tl.load(bias + width + cols, mask=used, other=0.0).to(tl.float32)
-    for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-        lines = first.to(tl.int64) + tl.arange(0, ROWS)
+    for first in range(tl.program_id(1).to(tl.int64) * ROWS, rows, tl.num_programs(1) * ROWS):
+        lines = first + tl.arange(0, ROWS)
         inside = (lines[:, None] < rows) & used[None, :]
         at = lines[:, None] * in_width + cols[None, :]
         gate = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)

@@ -67,8 +67,8 @@ def backward_kernel(grad_y, grad_x, seed_in, count, prob, BLOCK: tl.constexpr):
 def strip_sums(grad, parts, rows, width, ROWS: tl.constexpr, COLS: tl.constexpr):
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros([COLS], dtype=tl.float32)
-    for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
-        lines = first.to(tl.int64) + tl.arange(0, ROWS)
+    for first in range(tl.program_id(1).to(tl.int64) * ROWS, rows, tl.num_programs(1) * ROWS):
+        lines = first + tl.arange(0, ROWS)
         inside = (lines[:, None] < rows) & (cols[None, :] < width)
         total += tl.sum(
             tl.load(grad + lines[:, None] * width + cols[None, :], mask=inside, other=0.0).to(tl.float32), 0

@@ -54,7 +54,7 @@ def norm_backward(
     x, weight, mean_in, rstd_in, grad_y, grad_total, grad_x, weight_part, bias_part, rows, width,
     RMS: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr, ZERO_CENTERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     gamma = tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)
@@ -63,7 +63,7 @@ def norm_backward(
     weight_sum = tl.zeros([BLOCK], dtype=tl.float32)
     bias_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for row in range(program, rows, tl.num_programs(0)):
-        start = row.to(tl.int64) * width
+        start = row * width
         value = tl.load(x + start + cols, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_y + start + cols, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_in + row)
@@ -82,7 +82,7 @@ def norm_backward(
         weight_sum += grad * normed
         if BIAS:
             bias_sum += grad
-    part = program.to(tl.int64) * width + cols
+    part = program * width + cols
     tl.store(weight_part + part, weight_sum, mask=inside)
     if BIAS:
         tl.store(bias_part + part, bias_sum, mask=inside)

@@ -82,8 +82,9 @@ def topk_softmax_with_capacity(
     probable tokens ("probs") or its first ("position").
     """
     tokens, experts = logits.shape
+    wide = torch.promote_types(logits.dtype, torch.float32)
     if use_pre_softmax:
-        scores = torch.softmax(logits, dim=-1, dtype=torch.float32).type_as(logits)
+        scores = torch.softmax(logits, dim=-1, dtype=wide).type_as(logits)
         probs, indices = torch.topk(scores, k=topk, dim=1)
     else:
         if topk == 1:
@@ -91,7 +92,7 @@ def topk_softmax_with_capacity(
                 "moe_router_topk=1 needs moe_router_pre_softmax (--moe-router-pre-softmax): a softmax over one expert is always 1"
             )
         chosen, indices = torch.topk(logits, k=topk, dim=1)
-        probs = torch.softmax(chosen, dim=-1, dtype=torch.float32).type_as(logits)
+        probs = torch.softmax(chosen, dim=-1, dtype=wide).type_as(logits)
     per_expert = torch.bincount(indices.flatten(), minlength=experts)
     if capacity_factor is None:
         return probs, indices, per_expert

@@ -56,6 +56,11 @@ class Router(ABC, MegatronModule):
         self.layer_number = layer_number
 
 
+def _softmax(logits: Tensor) -> Tensor:
+    """Over experts, in fp32 or wider."""
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 class TopKRouter(Router):
     """Each token visits the k experts with the largest logits, balanced by side losses or by assignment."""
 
@@ -74,7 +79,7 @@ class TopKRouter(Router):
         def scores_of(logits: Tensor) -> Tensor:
             if self.topk == 1:
                 return torch.sigmoid(logits)
-            return torch.softmax(logits, dim=-1, dtype=torch.float32).type_as(logits)
+            return _softmax(logits).type_as(logits)
 
         if not self.training:
             return torch.topk(scores_of(logits), k=self.topk, dim=1)  # type: ignore[return-value]
@@ -86,7 +91,7 @@ class TopKRouter(Router):
         """logits [t, e] -> probabilities and indices, with the load-balancing loss attached in training."""
         probs, indices, per_expert = self._choose(logits)
         if self.training and self.config.moe_aux_loss_coeff > 0:
-            scores = torch.softmax(logits, dim=-1, dtype=torch.float32)
+            scores = _softmax(logits)
             probs = self.apply_load_balancing_loss(scores, per_expert, activation=probs)
         return probs, indices
 

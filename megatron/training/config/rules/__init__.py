@@ -1,10 +1,10 @@
 """Claims about several flags at once that no single configuration owns.
 
 Rules about one configuration live beside it, in core; these relate flags of different owners. Importing the package
-fills the lists `GIVEN`, `DERIVED` and `TRAINING`.
+fills the lists `GIVEN`, `DERIVED` and `TRAINING`, and `BERT` and `T5` with what only their entry scripts check.
 """
 
-from megatron.training.config.rules import layout, loop, machine, model, run
+from megatron.training.config.rules import layout, loop, machine, masked_models, model, run
 from megatron.training.config.rules.base import (
     DERIVED,
     GIVEN,
@@ -13,8 +13,9 @@ from megatron.training.config.rules.base import (
     check_supported,
     ignored_flags,
 )
+from megatron.training.config.rules.masked_models import BERT, T5
 
 __all__ = [
-    "DERIVED", "GIVEN", "TRAINING", "check", "check_supported", "ignored_flags",
-    "layout", "loop", "machine", "model", "run",
+    "BERT", "DERIVED", "GIVEN", "T5", "TRAINING", "check", "check_supported", "ignored_flags",
+    "layout", "loop", "machine", "masked_models", "model", "run",
 ]  # fmt: skip

@@ -13,6 +13,11 @@ def layer_stages(args: Any) -> int:
     return args.pipeline_model_parallel_size - (1 if args.standalone_embedding_stage else 0)
 
 
+def stack_depth(args: Any) -> int:
+    """Layers that the pipeline stages share: of the decoder, where it has its own number."""
+    return args.num_layers if args.decoder_num_layers is None else args.decoder_num_layers
+
+
 # fmt: off
 @rule(GIVEN, "--encoder-tensor-model-parallel-size", "--encoder-pipeline-model-parallel-size",
       bad="--encoder-tensor-model-parallel-size 1",

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron.core.flags import rule
 from megatron.training.config.rules.base import TRAINING
-from megatron.training.config.rules.layout import layer_stages
+from megatron.training.config.rules.layout import layer_stages, stack_depth
 from megatron.training.config.rules.run import data_sources
 
 
@@ -113,7 +113,7 @@ def data_given(args: Any) -> bool:
       fix="choose another number, or give --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers")
 def layers_divide_over_stages(args: Any) -> bool:
     uneven = args.decoder_first_pipeline_num_layers is not None or args.decoder_last_pipeline_num_layers is not None
-    return uneven or args.num_layers % layer_stages(args) == 0
+    return uneven or stack_depth(args) % layer_stages(args) == 0
 
 
 @rule(TRAINING, "--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers",
@@ -125,7 +125,7 @@ def uneven_layers_divide(args: Any) -> bool:
     ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
     given = [layers for layers in ends if layers is not None]
     middle = args.pipeline_model_parallel_size - len(given)
-    rest = args.num_layers - sum(given)
+    rest = stack_depth(args) - sum(given)
     return not given or (min(given) >= 0 and (rest == 0 if middle <= 0 else rest >= 0 and rest % middle == 0))
 
 
