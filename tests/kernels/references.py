@@ -224,5 +224,5 @@ ATTENTION_CASES = (
     AttentionCase("padding", 19, 19, 2, 2, 16, batch=2, causal=False, padding=True),
     AttentionCase("padding_causal", 18, 18, 2, 1, 16, batch=2, padding=True),
     AttentionCase("blind_rows", 18, 18, 2, 2, 16, batch=2, causal=False, padding=True, blind=True),
-    AttentionCase("long", 300, 300, 2, 1, 16),
+    AttentionCase("long", 160, 160, 2, 1, 16),
 )

@@ -323,8 +323,8 @@ def _linear_cross_entropy(run: Implementation, dtype: torch.dtype, device: str) 
         weight = noise(37, 16, seed=2, dtype=dtype, device=device) * 0.5
         target = torch.randint(37, (10,), generator=torch.Generator().manual_seed(3))
         check(
-            lambda h, w, s=smoothing, c=chunk: run(h, w, target.to(device), None, s, c),
-            lambda h, w, s=smoothing: ref.cross_entropy(h @ w.t(), target, s), (hidden, weight), dtype, 2,
+            lambda h, w, t=target, s=smoothing, c=chunk: run(h, w, t.to(device), None, s, c),
+            lambda h, w, t=target, s=smoothing: ref.cross_entropy(h @ w.t(), t, s), (hidden, weight), dtype, 2,
         )  # fmt: skip
 
 

@@ -1,0 +1,42 @@
+"""Every kernel compiles for GPUs this machine does not have, without spilling registers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import compile_kernels
+
+FAST = ("rms_norm", "vocab_cross_entropy", "attention_64")
+
+
+def assert_within_limits(launches: dict[compile_kernels.Launch, None], capability: int) -> None:
+    assert launches
+    for launch in launches:
+        cost = compile_kernels.compile_for(launch, capability)
+        assert cost.stack_bytes == 0, f"sm_{capability} {launch.label()} spills {cost.stack_bytes} bytes"
+        assert cost.shared_bytes <= compile_kernels.SHARED_LIMIT[capability], launch.label()
+        if launch.name in ("attention_forward", "attention_query_grad", "attention_key_grad"):
+            halves = dict(launch.types)["q"] in ("*bf16", "*fp16")
+            assert not halves or cost.matrix_instructions, f"{launch.label()} does not use the matrix units"
+
+
+@pytest.mark.parametrize("function", FAST)
+def test_a_few_kernels_on_hopper(function: str) -> None:
+    launches: dict[Any, None] = {}
+    with compile_kernels.caught(launches):
+        compile_kernels.training_shapes(torch.bfloat16, (64,))[function]()
+    assert_within_limits(launches, 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_all_kernels(dtype: torch.dtype, capability: int) -> None:
+    assert_within_limits(compile_kernels.all_launches(dtype), capability)
