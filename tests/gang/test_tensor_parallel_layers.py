@@ -90,7 +90,7 @@ def _model(dtype: torch.dtype, sequence_parallel: bool, fused: bool, skip_bias_a
     weights = torch.randn(S, B, dtype=dtype)
     sharded = {"embedding": embedding.weight, "column": column.weight, "row": row.weight, "head": head.weight}
     if fused:
-        for parameter in (column.weight, row.weight, head.weight):
+        for parameter in sharded.values():
             parameter.main_grad = torch.full_like(parameter, 3.0)
 
     hidden = embedding(ids)
@@ -114,6 +114,7 @@ def _model(dtype: torch.dtype, sequence_parallel: bool, fused: bool, skip_bias_a
         "logits": _error(_gather_shards(logits.detach(), 2), plain_logits),
     }
     dims = {"embedding": 0, "column": 0, "row": 1, "head": 0}
+    assert not fused or all(parameter.grad is None for parameter in sharded.values())
     for name, parameter in sharded.items():
         gradient = parameter.main_grad - 3.0 if hasattr(parameter, "main_grad") else parameter.grad
         errors[name] = _error(_gather_shards(gradient, dims[name]), references[name].grad)
@@ -292,3 +293,41 @@ def test_host_initialisation_does_not_depend_on_the_number_of_ranks(stride: int)
         assert torch.equal(column, torch.cat(halves))
         assert torch.equal(row, down.chunk(2, dim=1)[rank])
         assert torch.equal(draw, following)
+
+
+def _tied(hooked: list[str]) -> dict[str, Any]:
+    """One weight looked up, multiplied with in the fused layer, and used once more by plain torch."""
+    tp, rank = _start()
+    config = _config(tp, torch.float64, gradient_accumulation_fusion=True)
+    torch.manual_seed(1)
+    embedding = VocabParallelEmbedding(V, H, init_method=_init, config=config)
+    head = ColumnParallelLinear(
+        H, V, config=config, init_method=_init, bias=False, skip_weight_param_allocation=True
+    )
+    weight = embedding.weight
+    whole = _gather_shards(weight.detach(), 0).requires_grad_()
+    weight.main_grad = torch.zeros_like(weight)
+    accumulation = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    accumulation.register_hook(lambda *_: hooked.append("hook"))
+    ids = torch.randint(V, (B, S), generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(S, B, V, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    logits, _ = head(torch.tanh(embedding(ids).transpose(0, 1)), weight)
+    ((logits * direction.chunk(tp, dim=2)[rank]).sum() + weight.square().sum()).backward()
+    expected = F.linear(torch.tanh(F.embedding(ids, whole).transpose(0, 1)), whole)
+    ((expected * direction).sum() + whole.square().sum()).backward()
+    plain = weight.grad  # the rest, which the data-parallel wrapper adds
+    gradient = _gather_shards(weight.main_grad + plain, 0)
+    return {
+        "error": _error(gradient, whole.grad),
+        "plain": _error(plain, 2 * weight.detach()),
+        "flag": weight.grad_added_to_main_grad,
+        "hooked": hooked,
+    }
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_tied_weight_adds_up_in_main_grad(tp: int) -> None:
+    for found in run_gang(tp, _tied, []):
+        assert found["error"] < 1e-13 and found["plain"] < 1e-15
+        assert found["flag"] and found["hooked"] == ["hook"]

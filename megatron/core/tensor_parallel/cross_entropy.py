@@ -46,10 +46,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         """logits [.., v/tp], target [..] with global ids -> loss [..] in fp32 (fp64 for fp64 logits)."""
         columns, ranks = logits.shape[-1], group_size(group)
         z, local = logits.reshape(-1, columns), target.reshape(-1) - columns * group_rank(group)
-        foreign = None
-        if ranks > 1:
-            foreign = (local < 0) | (local >= columns)
-            local = local.masked_fill(foreign, 0)
+        foreign = (local < 0) | (local >= columns)  # held by another rank, or (labels of padding, -1) by none
+        local = local.masked_fill(foreign, 0)
 
         wide = torch.promote_types(logits.dtype, torch.float32)
         kept = torch.empty_like(z) if z.dtype == wide and ctx.needs_input_grad[0] else None
@@ -65,7 +63,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             torch.sum(exponentials, dim=-1, out=summary[0, rows])
         summary[0].log_().add_(peak)
         own = z.gather(1, local.unsqueeze(1)).squeeze(1)
-        summary[1] = own if foreign is None else own.masked_fill(foreign, 0.0)
+        summary[1] = own.masked_fill(foreign, 0.0)
 
         if group is not None and ranks > 1:
             parts = summary.new_empty((ranks, *summary.shape))
@@ -93,9 +91,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         """grad of the loss [..] -> gradient of the logits [.., v/tp]."""
         kept, shift, local, foreign = ctx.saved_tensors
         weight = grad_output.reshape(-1, 1).to(shift.dtype)
-        minus_one_hot = weight * -ctx.keep
-        if foreign is not None:
-            minus_one_hot = minus_one_hot.masked_fill(foreign.unsqueeze(1), 0.0)
+        minus_one_hot = (weight * -ctx.keep).masked_fill(foreign.unsqueeze(1), 0.0)
         local, shift = local.unsqueeze(1), shift.unsqueeze(1)
         if ctx.exponentiated:
             grad = kept.mul_(shift * weight)
@@ -120,14 +116,15 @@ def vocab_parallel_cross_entropy(
     """Loss [s, b] per token of logits [s, b, v/tp] for target ids [s, b]; fp32, or fp64 for fp64 logits.
 
     label_smoothing in [0, 1): probability mass spread over the words of the whole vocabulary. group: ranks that
-    hold the slices (None = tensor-parallel); all must call. One backward pass per forward pass.
+    hold the slices (None = tensor-parallel); all must call. One backward pass per forward pass. A target outside the
+    vocabulary, such as the -1 of padding, gives lse: a value for the loss mask to drop.
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
     if group is None:
         group = parallel_state.resolve(None).tp
     small = vocab_parallel_logits.device.type == "cpu" and vocab_parallel_logits.numel() <= _SMALL_ELEMENTS
-    if group_size(group) == 1 and label_smoothing == 0.0 and small:
+    if group_size(group) == 1 and label_smoothing == 0.0 and small and bool((target >= 0).all()):
         return _undivided(vocab_parallel_logits, target)
     return _VocabParallelCrossEntropy.apply(vocab_parallel_logits, target, label_smoothing, group)
 
