@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 from megatron.core.errors import ConfigError, InvariantError
+from megatron.core.utils import log_single_rank
 
 _LR_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("linear", "cosine", "exponential")
@@ -282,16 +284,24 @@ class OptimizerParamScheduler:
     def _choose(self, name: str, stored: Any) -> Any:
         """The value of a setting after loading: this run's, the checkpoint's, or an error where they differ."""
         own = getattr(self, name)
-        if self.override_opt_param_scheduler:
+        if own == stored:
             return own
-        if not self.use_checkpoint_opt_param_scheduler and own != stored:
+        if self.override_opt_param_scheduler:
+            self._log(f"keeping this run's {name} = {own}; the checkpoint holds {stored}")
+            return own
+        if not self.use_checkpoint_opt_param_scheduler:
             raise InvariantError(
                 f"schedule setting {name}",
                 f"this run asks for {own}, the checkpoint holds {stored}",
                 "repeat the checkpoint's value, or add --override-opt_param-scheduler to keep this run's "
                 "or --use-checkpoint-opt_param-scheduler to take the checkpoint's",
             )
+        self._log(f"taking {name} = {stored} from the checkpoint; this run asks for {own}")
         return stored
+
+    @staticmethod
+    def _log(message: str) -> None:
+        log_single_rank(logging.getLogger(__name__), logging.INFO, message)
 
 
 def _stored(state_dict: Mapping[str, Any], name: str) -> Any:

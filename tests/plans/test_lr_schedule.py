@@ -130,7 +130,7 @@ def test_curves_stay_within_their_bounds(style):
     ]  # fmt: skip
     assert values[:11] == pytest.approx([n / 10 for n in range(11)])
     assert all(0.1 <= value <= 1.0 for value in values[10:])
-    assert all(a >= b for a, b in itertools.pairwise(values)), "it never rises after warm-up"
+    assert all(a >= b for a, b in itertools.pairwise(values[10:])), "it never rises after warm-up"
     assert values[-1] == (1.0 if style == "constant" else 0.1)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,9 @@ from megatron.core.errors import InvariantError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import log_single_rank
+
+logger = logging.getLogger(__name__)
 
 
 class DistributedDataParallel(MegatronModule):
@@ -87,6 +91,7 @@ class DistributedDataParallel(MegatronModule):
         self.param_to_bucket_group = {
             param: group for group in self._all_bucket_groups() for param in group.params
         }
+        self._log_buckets()
         if ddp_config.overlap_param_gather:
             self._link_param_gathers()
 
@@ -138,6 +143,17 @@ class DistributedDataParallel(MegatronModule):
 
     def _all_buffers(self) -> list[_ParamAndGradBuffer]:
         return [*self.buffers, *self.expert_parallel_buffers]
+
+    def _log_buckets(self) -> None:
+        """Tell how gradients are cut up: what an overlap can hide depends on it."""
+        for buffer in self._all_buffers():
+            sizes = ", ".join(str(bucket.grad_data.numel()) for bucket in buffer.buckets)
+            log_single_rank(
+                logger,
+                logging.INFO,
+                f"gradients of {len(buffer.params)} {buffer.param_dtype} parameters are reduced in {buffer.grad_dtype}, "
+                f"buckets of {sizes} elements over {buffer.data_parallel_world_size} ranks",
+            )
 
     def _link_param_gathers(self) -> None:
         """Let each group know which one forward needs next: buckets fill from the model's end, so the one before."""
@@ -255,15 +271,11 @@ class DistributedDataParallel(MegatronModule):
 
     def broadcast_params(self) -> None:
         """Give all replicas the parameters of the first one. All ranks must call."""
-        for buffers_group, params in (
-            (self.pg_collection.dp_cp, _params_of(self.buffers)),
-            (self.pg_collection.dp_modulo_ep_cp, _params_of(self.expert_parallel_buffers)),
-        ):
-            if buffers_group is None or buffers_group.size() == 1:
-                continue
-            source = dist.get_global_rank(buffers_group, 0)
-            for param in params:
-                dist.broadcast(param.data, src=source, group=buffers_group)
+        for param in self.module.parameters():
+            replicated = getattr(param, "allreduce", True)
+            group = self.pg_collection.dp_cp if replicated else self.pg_collection.dp_modulo_ep_cp
+            if group is not None and group.size() > 1:
+                dist.broadcast(param.data, src=dist.get_global_rank(group, 0), group=group)
 
     # State: the wrapper adds no level to the names ----------------------------------------------------------------
 
@@ -281,7 +293,3 @@ class DistributedDataParallel(MegatronModule):
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> Any:  # type: ignore[override]
         """Load into the wrapped module; returns torch's missing and unexpected keys."""
         return self.module.load_state_dict(state_dict, strict=strict)
-
-
-def _params_of(buffers: Iterable[_ParamAndGradBuffer]) -> list[torch.nn.Parameter]:
-    return [param for buffer in buffers for param in buffer.params]
