@@ -112,7 +112,7 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 
 
 def _statistics(
-    logits: Tensor, exponentials: Tensor | None, local: Tensor, outside: Tensor | None, with_sum: bool
+    logits: Tensor, exponentials: Tensor | None, local: Tensor, outside: Tensor, with_sum: bool
 ) -> tuple[Tensor, Tensor]:
     """logits [t, v/tp], local target [t] -> (maximum [t], rows (sum of exp, target logit, sum of logits) [2 or 3, t]).
 
@@ -122,7 +122,7 @@ def _statistics(
     peak = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
     sums = torch.empty(3 if with_sum else 2, logits.shape[0], dtype=wide, device=logits.device)
     own = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(wide)
-    sums[1] = own if outside is None else own.masked_fill(outside, 0.0)
+    sums[1] = own.masked_fill(outside, 0.0)
     for rows in _chunks(logits):
         block = logits[rows].to(wide)
         torch.amax(block, dim=-1, out=peak[rows])
@@ -147,11 +147,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
         flat, labels = logits.detach().reshape(-1, logits.shape[-1]), target.reshape(-1)
         width, ranks = flat.shape[1], group_size(group)
         keep, spread = smoothing_shares(label_smoothing, width * ranks)
-        local, outside = labels, None
-        if ranks > 1:
-            local = labels - dist.get_rank(group) * width
-            outside = (local < 0) | (local >= width)
-            local = local.masked_fill(outside, 0)
+        local = labels if ranks == 1 else labels - dist.get_rank(group) * width
+        outside = (local < 0) | (local >= width)  # held by another rank, or (labels of padding, -1) by none
+        local = local.masked_fill(outside, 0)
         wide = flat.dtype in (torch.float32, torch.float64)
         exponentials = (flat if inplace else torch.empty_like(flat)) if wide else None
         peak, sums = _statistics(flat, exponentials, local, outside, spread > 0.0)
@@ -179,9 +177,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         ctx.spent = ctx.overwrite
         kept, local, outside, lse, peak = ctx.saved_tensors
         weight = grad_output.reshape(-1).to(lse.dtype)
-        at_target = weight * -ctx.keep
-        if outside is not None:
-            at_target = at_target.masked_fill_(outside, 0.0)
+        at_target = (weight * -ctx.keep).masked_fill_(outside, 0.0)
         grad = kept if ctx.overwrite else torch.empty_like(kept)
         factor = weight * torch.exp(peak - lse) if ctx.wide else weight
         for rows in _chunks(kept):
