@@ -352,6 +352,18 @@ class MockGPTLowLevelDataset:
 class MockGPTDataset(GPTDataset):
     """A GPTDataset over synthetic sequences."""
 
+    def __init__(
+        self,
+        dataset: MockGPTLowLevelDataset,
+        dataset_path: str | None,
+        indices: numpy.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: GPTDatasetConfig,
+    ) -> None:
+        # Only to keep the classic parameter names, which differ from the base class's.
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: LowLevelDataset) -> int:
         """Number of sequences."""

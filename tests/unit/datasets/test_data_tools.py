@@ -69,3 +69,28 @@ def test_inspection_of_recorded_lengths() -> None:
     assert lengths.size == 313 and lengths.sum() == 61031
     bars = inspect_data.histogram(lengths)[1:]
     assert sum(int(line.split()[3].replace(",", "")) for line in bars) == 313
+
+
+def test_cache_prepared_for_a_large_run_is_what_a_later_run_finds(tmp_path: Path) -> None:
+    model = (
+        "--num-layers 16 --hidden-size 64 --num-attention-heads 8 --max-position-embeddings 8 --seq-length 8"
+    )
+    layout = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16"
+    data = "--data-path bin/null32_text_document --split 1 --tokenizer-type NullTokenizer --vocab-size 70000"
+    training = "--micro-batch-size 1 --train-iters 3 --lr 1e-4 --eval-iters 0"
+    flags = [*f"{model} {layout} {data} {training}".split(), "--data-cache-path", str(tmp_path)]
+    command = [sys.executable, f"{REPOSITORY}/tools/prepare_cache.py", "--world-size", "256"]
+    command += [f"{REPOSITORY}/pretrain_gpt.py", *flags]
+    first, second = (
+        subprocess.run(command, check=True, capture_output=True, text=True, cwd=GOLDEN) for _ in range(2)
+    )
+    # Two replicas of the model, so a global batch of two samples.
+    assert "    train:      6" in first.stdout.splitlines()
+    assert "Build and save the GPTDataset train indices" in first.stderr
+    assert "Build and save" not in second.stderr and "Load the GPTDataset train indices" in second.stderr
+    assert {path.name.split("-", 1)[1] for path in tmp_path.iterdir()} == {
+        f"GPTDataset-train-{name}"
+        for name in (
+            "description.txt", "fingerprint.json", "document_index.npy", "sample_index.npy", "shuffle_index.npy"
+        )
+    }  # fmt: skip
