@@ -78,7 +78,9 @@ def observe(argv: list[str], script: str = "pretrain_gpt", dtype: torch.dtype | 
         noise = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for param in model.parameters():
-                param.add_(0.02 * torch.randn(param.shape, generator=noise, dtype=torch.float64).to(param.dtype))
+                param.add_(
+                    0.02 * torch.randn(param.shape, generator=noise, dtype=torch.float64).to(param.dtype)
+                )
         seen.initial = {n: p.detach().clone() for n, p in model.named_parameters()}
 
     def on_gradients(model: list[torch.nn.Module]) -> None:
@@ -136,6 +138,8 @@ def compare(
         for wrapped, chunk in zip(model, unwrap_model(model)):
             _gather_gradients(wrapped)
             for name, param in chunk.named_parameters():
+                if getattr(param, "idle", False):
+                    continue
                 whole = piece_of(expected.gradients[step], chunk, name, param)
                 worst.note("gradient", param.main_grad, whole, f"step {step}: {name}")
 
@@ -153,6 +157,8 @@ def compare(
                 if get_args().overlap_param_gather:
                     wrapped.start_param_sync(force_sync=True)
                 for name, param in chunk.named_parameters():
+                    if getattr(param, "idle", False):
+                        continue
                     worst.note("parameter", param, piece_of(expected.final, chunk, name, param), name)
 
     with _watched(script, dtype, on_model, on_gradients, on_update) as losses:
@@ -188,7 +194,11 @@ class _Losses:
         micro = whole.view(self._per_step, self._dp, -1, whole.size(1))[:, self._dp_rank]
         rows = micro.reshape(-1, whole.size(1))
         pieces = rows.chunk(2 * self._cp, dim=1)
-        return torch.cat([pieces[self._cp_rank], pieces[2 * self._cp - 1 - self._cp_rank]], 1) if self._cp > 1 else rows
+        return (
+            torch.cat([pieces[self._cp_rank], pieces[2 * self._cp - 1 - self._cp_rank]], 1)
+            if self._cp > 1
+            else rows
+        )
 
 
 @contextlib.contextmanager
@@ -216,10 +226,13 @@ def _watched(
     def watched_forward_step(iterator: Any, model: torch.nn.Module) -> Any:
         output, loss_func = forward_step(iterator, model)
         if model.training and parallel_state.is_pipeline_last_stage():
-            losses.add(output, get_args())
+            # BERT's output holds the order logits besides.
+            losses.add(output[0] if isinstance(output, tuple) else output, get_args())
         return output, loss_func
 
-    def watched_step(forward: Any, iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched_step(
+        forward: Any, iterator: Any, model: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         update = optimizer.step
 
         def step() -> Any:

@@ -31,7 +31,9 @@ VOCABULARY = 128
 
 
 def flags(model: str, layout: str, tp: int, precision: str) -> list[str]:
-    return (COMMON + model + layout + f" --make-vocab-size-divisible-by {VOCABULARY // tp}" + precision).split()
+    return (
+        COMMON + model + layout + f" --make-vocab-size-divisible-by {VOCABULARY // tp}" + precision
+    ).split()
 
 
 @functools.cache
@@ -102,7 +104,9 @@ def test_layout_equals_one_process(case: str, precision: str) -> None:
     bounds = dict(zip(("gradient", "token_loss", "parameter", "norm"), BOUNDS[precision]))
     if precision == "bf16" and case.startswith(BF16_REORDERS_NOTHING):
         bounds = dict.fromkeys(bounds, 1e-8)
-    for rank, worst in enumerate(run_gang(ranks, compare, flags(model, layout, tp, half), expected, dtype=dtype)):
+    for rank, worst in enumerate(
+        run_gang(ranks, compare, flags(model, layout, tp, half), expected, dtype=dtype)
+    ):
         for what, bound in bounds.items():
             error, where = getattr(worst, what)
             assert error <= bound, f"rank {rank}: {what} differs by {error:.2e} at {where}"
