@@ -1,9 +1,11 @@
-"""Time of one training step of a small GPT on the CPU: ours and HuggingFace's GPT-2 of the same shape, interleaved.
+"""Time of one training step of a small GPT on the CPU: ours and HuggingFace's GPT-2 of the same shape,
+interleaved.
 
     python benchmarks/model_step.py [--dtype bf16] [--dropout 0.1] [--threads 2] [--rounds 10]
 
-Both run forward, loss, backward and torch's fused AdamW on the same tokens. Rounds alternate between the two, so that load on the
-machine meets both alike; the median of each and their ratio are printed, and the rate of a square matmul as a yardstick.
+Both run forward, loss, backward and torch's fused AdamW on the same tokens. Rounds alternate between the two,
+so that load on the machine meets both alike; the median of each and their ratio are printed, and the rate of
+a square matmul as a yardstick.
 """
 
 from __future__ import annotations
@@ -92,7 +94,9 @@ def timed(run: Callable[[], object]) -> float:
 
 def main() -> None:
     """Parse the options and print the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in (("layers", 6), ("hidden", 320), ("heads", 5), ("sequence", 256), ("vocab", 8192)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batch", type=int, default=4)
@@ -120,7 +124,11 @@ def main() -> None:
     if args.profile:
         with torch.profiler.profile() as profile:
             steps["megatron"]()
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45))
+        print(
+            profile.key_averages().table(
+                sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45
+            )
+        )
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(args.rounds):
         for name, step in steps.items():
@@ -128,7 +136,9 @@ def main() -> None:
     for name, samples in times.items():
         print(f"{name:12s} median {statistics.median(samples):7.1f} ms   best {min(samples):7.1f} ms")
     ratio = statistics.median(times["huggingface"]) / statistics.median(times["megatron"])
-    print(f"huggingface / megatron {ratio:.2f}   best / best {min(times['huggingface']) / min(times['megatron']):.2f}")
+    print(
+        f"huggingface / megatron {ratio:.2f}   best / best {min(times['huggingface']) / min(times['megatron']):.2f}"
+    )
     print(f"matmul 1024^3 {args.dtype}: {matmul_rate(dtype):.0f} GFLOP/s")
 
 

@@ -1,9 +1,11 @@
-"""One microbatch through a model cut over ranks, and the same parameters and gradients cut from one process's."""
+"""One microbatch through a model cut over ranks, and the same parameters and gradients cut from one
+process's.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -24,14 +26,21 @@ class Cut:
     pp: int = 1
     vpp: int | None = None
     cp: int = 1
+    ep: int = 1  # every expert parallel rank is fed the same batch
     sequence_parallel: bool = False
     encoder_pp: int = 0
     join_positions: bool = True  # sum the position table's gradient over its holders
     changes: dict[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        changed = [f for f in fields(self) if f.name != "changes" and getattr(self, f.name) != f.default]
+        return " ".join(
+            [*(f"{f.name}={getattr(self, f.name)}" for f in changed), *map(str, self.changes.values())]
+        )
+
     @property
     def world_size(self) -> int:
-        return self.tp * self.cp * (self.pp + self.encoder_pp)
+        return self.tp * self.cp * self.ep * (self.pp + self.encoder_pp)
 
 
 def reference(name: str, **changes: Any) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -58,7 +67,8 @@ def run_cut(
 ) -> dict[str, Any]:
     """On every rank: build this rank's part, run the recorded batch, compare every gradient.
 
-    -> {"loss": on the last stage, "norms": {parameter: gradient norm}, "worst": largest relative difference and whose}.
+    -> {"loss": on the last stage, "norms": {parameter: gradient norm}, "worst": largest relative difference
+    and whose}.
     """
     _initialise(cut)
     chunks = _build(name, cut)
@@ -93,6 +103,7 @@ def _initialise(cut: Cut) -> None:
         pipeline_model_parallel_size=cut.pp,
         virtual_pipeline_model_parallel_size=cut.vpp,
         context_parallel_size=cut.cp,
+        expert_model_parallel_size=cut.ep,
         encoder_tensor_model_parallel_size=cut.tp if cut.encoder_pp else 0,
         encoder_pipeline_model_parallel_size=cut.encoder_pp,
         get_embedding_ranks=_t5_embedding_ranks if cut.encoder_pp else None,
@@ -118,6 +129,7 @@ def _build(name: str, cut: Cut) -> list[torch.nn.Module]:
         pipeline_model_parallel_size=cut.pp,
         virtual_pipeline_model_parallel_size=cut.vpp,
         context_parallel_size=cut.cp,
+        expert_model_parallel_size=cut.ep,
         sequence_parallel=cut.sequence_parallel,
         pipeline_dtype=torch.float64,
         **cut.changes,
@@ -169,7 +181,9 @@ def piece_of(whole: dict[str, Tensor], chunk: torch.nn.Module, key: str, paramet
 
 
 def _global_name(chunk: torch.nn.Module, key: str, whole: dict[str, Tensor]) -> str:
-    """Name in the whole model: layers count over all stages, the copy of a tied output weight is the embedding."""
+    """Name in the whole model: layers count over all stages, the copy of a tied output weight is the
+    embedding.
+    """
     if key in ("output_layer.weight", "lm_head.output_layer.weight") and key not in whole:
         return "embedding.word_embeddings.weight"
     match = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..*)", key)
@@ -177,7 +191,12 @@ def _global_name(chunk: torch.nn.Module, key: str, whole: dict[str, Tensor]) -> 
         return key
     layer = chunk.get_submodule(match[1] + match[2])
     assert isinstance(layer, TransformerLayer), "only layers are numbered"
-    return f"{match[1]}{layer.layer_number - 1}{match[3]}"
+    rest = match[3]
+    if ".local_experts." in rest:
+        before, local, after = re.fullmatch(r"(.*\.local_experts\.)(\d+)(\..*)", rest).groups()  # type: ignore[union-attr]
+        first = parallel_state.get_expert_model_parallel_rank() * layer.mlp.num_local_experts
+        rest = f"{before}{first + int(local)}{after}"
+    return f"{match[1]}{layer.layer_number - 1}{rest}"
 
 
 def _unused(name: str, cut: Cut, key: str) -> bool:
@@ -283,6 +302,8 @@ def _join_gradients(cut: Cut, chunks: list[torch.nn.Module]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             if cut.cp > 1:
                 dist.all_reduce(parameter.grad, group=groups.cp)
+            if not getattr(parameter, "allreduce", True):
+                parameter.grad /= cut.ep  # tokens of all replicas came here; the batch is the same in each
             head_norm = "q_layernorm" in key or "k_layernorm" in key
             if cut.tp > 1 and (
                 (cut.sequence_parallel and getattr(parameter, "sequence_parallel", False)) or head_norm

@@ -1,4 +1,6 @@
-"""Models cut over ranks against v0.9's recorded norms and, gradient by gradient in float64, against one process."""
+"""Models cut over ranks against v0.9's recorded norms and, gradient by gradient in float64, against one
+process.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from tests.unit.models import recorded
 @pytest.fixture(autouse=True)
 def _random_states() -> None:
     get_cuda_rng_tracker().reset()
-    get_cuda_rng_tracker().add("model-parallel-rng", 1)
+    for seed, name in enumerate(("model-parallel-rng", "data-parallel-rng", "expert-parallel-rng")):
+        get_cuda_rng_tracker().add(name, seed)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +26,7 @@ def _random_states() -> None:
         ("gpt", "tp2pp2", Cut(tp=2, pp=2)),
         ("llama", "tp2pp2", Cut(tp=2, pp=2)),
         ("bert", "tp2pp2", Cut(tp=2, pp=2)),
+        ("moe", "tp1pp2ep2", Cut(pp=2, ep=2)),
         ("t5", "tp2pp1", Cut(tp=2)),
         # The recording has each stage's own share of the position table's gradient.
         ("t5", "tp2enc1dec1", Cut(tp=2, encoder_pp=1, join_positions=False)),
@@ -34,7 +38,9 @@ def test_recorded_layout(name: str, layout: str, cut: Cut) -> None:
     results = run_gang(cut.world_size, run_cut, name, cut, weights, None)
     expected = recorded.grad_norms(name, f"_{layout}")
     for rank, result in enumerate(results):
-        norms = expected[f"t{rank % cut.tp}p{rank // cut.tp}e0d0"]
+        within, stage = rank % (cut.tp * cut.ep), rank // (cut.tp * cut.ep)
+        expert = within // cut.tp
+        norms = expected[f"t{within % cut.tp}p{stage}e{expert}d{expert}"]
         assert result["norms"].keys() == norms.keys()
         for key, norm in norms.items():
             assert result["norms"][key] == pytest.approx(norm, rel=1e-5, abs=1e-6), f"rank {rank}: {key}"
@@ -55,6 +61,12 @@ LAYOUTS = [
     ("gpt", Cut(cp=2)),
     ("llama", Cut(cp=2)),
     ("llama", Cut(tp=2, cp=2, sequence_parallel=True)),
+    ("moe", Cut(ep=2)),
+    ("moe", Cut(ep=2, changes={"moe_token_dispatcher_type": "alltoall"})),
+    ("moe", Cut(tp=2, sequence_parallel=True)),
+    ("moe", Cut(tp=2, ep=2, sequence_parallel=True)),
+    ("moe", Cut(tp=2, ep=2, sequence_parallel=True, changes={"moe_token_dispatcher_type": "alltoall"})),
+    ("moe", Cut(pp=2, ep=2)),
     ("bert", Cut(tp=2, sequence_parallel=True)),
     ("bert", Cut(pp=2)),
     ("t5", Cut(tp=2, sequence_parallel=True)),
@@ -62,7 +74,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "cut"), LAYOUTS, ids=lambda value: str(value).replace(" ", ""))
+@pytest.mark.parametrize(("name", "cut"), LAYOUTS, ids=str)
 def test_layout_equals_one_process(name: str, cut: Cut) -> None:
     weights, gradients, result = reference(name)
     for rank in run_gang(cut.world_size, run_cut, name, cut, weights, gradients):

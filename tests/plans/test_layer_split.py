@@ -24,7 +24,9 @@ def test_even_splits_follow_the_formula(stages: int) -> None:
 
 @pytest.mark.parametrize("standalone", [False, True])
 def test_every_layer_once_in_order(standalone: bool) -> None:
-    """All uneven cases: either a refusal with a fix, or every layer exactly once, in the order the chunks run."""
+    """All uneven cases: either a refusal with a fix, or every layer exactly once, in the order the chunks
+    run.
+    """
     accepted = refused = 0
     fixed = [None, 0, 1, 2, 3]
     for layers, stages, virtual, first, last in product(range(1, 13), range(1, 5), range(1, 4), fixed, fixed):
@@ -81,7 +83,9 @@ def test_recompute_plans() -> None:
         assert block == [Segment(i, i + 1, i < n) for i in range(layers)]
 
 
-@pytest.mark.parametrize(("method", "n"), [(None, 1), ("other", 1), ("uniform", None), ("uniform", 0), ("block", None)])
+@pytest.mark.parametrize(
+    ("method", "n"), [(None, 1), ("other", 1), ("uniform", None), ("uniform", 0), ("block", None)]
+)
 def test_recompute_needs_method_and_number(method: str | None, n: int | None) -> None:
     with pytest.raises(ConfigError, match="--recompute"):
         plan_recompute(4, method, n)

@@ -1,7 +1,7 @@
 """GPT, BERT and T5 in plain torch: one process, explicit formulas, every option of the dense models.
 
-A model is a function of a state dict (names as in the library's checkpoints) and a `Shape`; autograd gives its gradients.
-Batch-first throughout: hidden states are [b, s, h].
+A model is a function of a state dict (names as in the library's checkpoints) and a `Shape`; autograd gives
+its gradients. Batch-first throughout: hidden states are [b, s, h].
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def linear(w: State, name: str, x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, shape: Shape) -> Tensor:
-    """x [b, s, n, d]: turn channel pairs by position * base^(-2i/rotary_dim), pair by pair as complex numbers."""
+    """x [b, s, n, d]: turn channel pairs by position * base^(-2i/rotary_dim), pair by pair as complex
+    numbers.
+    """
     if not shape.rotary_dim:
         return x
     d = shape.rotary_dim
@@ -62,7 +64,9 @@ def rotate(x: Tensor, shape: Shape) -> Tensor:
     inverse = 1.0 / shape.rotary_base ** (torch.arange(0, d, 2, dtype=torch.float32) / d)
     angle = torch.outer(position, inverse)[None, :, None, :]
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # the table is fp32 in every model
-    real, imaginary = (x[..., 0:d:2], x[..., 1:d:2]) if shape.rotary_interleaved else (x[..., : d // 2], x[..., d // 2 : d])
+    real, imaginary = (
+        (x[..., 0:d:2], x[..., 1:d:2]) if shape.rotary_interleaved else (x[..., : d // 2], x[..., d // 2 : d])
+    )
     turned = (
         real * cos - imaginary * sin,
         real * sin + imaginary * cos,
@@ -72,7 +76,9 @@ def rotate(x: Tensor, shape: Shape) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
-    """q [b, sq, n, d], k and v [b, sk, g, d], hidden bool [b, sq, sk] -> [b, sq, n * d]; a blind row is a plain mean."""
+    """q [b, sq, n, d], k and v [b, sk, g, d], hidden bool [b, sq, sk] -> [b, sq, n * d]; a blind row is a
+    plain mean.
+    """
     k, v = (t.repeat_interleave(q.size(2) // k.size(2), dim=2) for t in (k, v))
     scores = torch.einsum("bqnd,bknd->bnqk", q, k) / math.sqrt(q.size(-1))
     if hidden is not None:
@@ -91,7 +97,9 @@ def self_attention(w: State, name: str, x: Tensor, hidden: Tensor | None, shape:
     return linear(w, f"{name}.linear_proj", attend(rotate(q, shape), rotate(k, shape), v, hidden))
 
 
-def cross_attention(w: State, name: str, x: Tensor, memory: Tensor, hidden: Tensor | None, shape: Shape) -> Tensor:
+def cross_attention(
+    w: State, name: str, x: Tensor, memory: Tensor, hidden: Tensor | None, shape: Shape
+) -> Tensor:
     """Queries of x, keys and values (packed by head) of memory."""
     q = linear(w, f"{name}.linear_q", x).unflatten(-1, (shape.heads, shape.head))
     k, v = linear(w, f"{name}.linear_kv", memory).unflatten(-1, (shape.heads, 2, shape.head)).unbind(-2)
@@ -120,7 +128,9 @@ def stack(
     for i in range(shape.layers):
         layer = f"{name}.layers.{i}"
         normed = norm(w, f"{layer}.input_layernorm", x, shape)
-        x = (normed if shape.post_norm_residual else x) + self_attention(w, f"{layer}.self_attention", normed, hidden, shape)
+        x = (normed if shape.post_norm_residual else x) + self_attention(
+            w, f"{layer}.self_attention", normed, hidden, shape
+        )
         if memory is not None:
             normed = norm(w, f"{layer}.pre_cross_attn_layernorm", x, shape)
             x = (normed if shape.post_norm_residual else x) + cross_attention(
@@ -153,7 +163,9 @@ def output(w: State, x: Tensor, name: str = "output_layer") -> Tensor:
     return logits + w[f"{name}.bias"] if f"{name}.bias" in w else logits
 
 
-def gpt(w: State, shape: Shape, ids: Tensor, hidden: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+def gpt(
+    w: State, shape: Shape, ids: Tensor, hidden: Tensor | None = None, positions: Tensor | None = None
+) -> Tensor:
     """ids [b, s], hidden bool [b, s, s] (default: the future) -> logits [b, s, v]."""
     hidden = future(ids.size(1), shape.window) if hidden is None else hidden
     return output(w, stack(w, "decoder", embed(w, ids, positions=positions), hidden, shape))
@@ -164,10 +176,14 @@ def bert(w: State, shape: Shape, ids: Tensor, types: Tensor, tokens: Tensor) -> 
     hidden = ~(tokens.bool()[:, :, None] & tokens.bool()[:, None, :])
     x = stack(w, "encoder", embed(w, ids, types), hidden, shape)
     binary = linear(w, "binary_head", torch.tanh(linear(w, "pooler.dense", x[:, 0])))
-    return output(w, norm(w, "lm_head.layer_norm", F.gelu(linear(w, "lm_head.dense", x)), shape, rms=False)), binary
+    return output(
+        w, norm(w, "lm_head.layer_norm", F.gelu(linear(w, "lm_head.dense", x)), shape, rms=False)
+    ), binary
 
 
-def t5(w: State, shape: Shape, source: Tensor, target: Tensor, masks: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def t5(
+    w: State, shape: Shape, source: Tensor, target: Tensor, masks: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """source [b, s], target [b, t], masks (encoder, decoder, cross) bool [b, q, k] -> logits [b, t, v]."""
     memory = stack(w, "encoder", embed(w, source), masks[0], shape)
     x = stack(w, "decoder", embed(w, target), masks[1], shape, memory, masks[2])

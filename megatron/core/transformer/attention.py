@@ -1,4 +1,6 @@
-"""Self- and cross-attention: project to queries, keys and values, rotate, look up the cache, attend, project back."""
+"""Self- and cross-attention: project to queries, keys and values, rotate, look up the cache, attend,
+project back.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 from megatron.core.utils import divide
 
 RotaryTables = Tensor | tuple[Tensor, Tensor] | None
@@ -63,12 +66,14 @@ class Attention(MegatronModule, ABC):
         self.attention_type = attention_type
 
         tp_size = parallel_state.resolve(pg_collection).size("tp")
-        # Rows per rank of the query projection and of the keys' and values' (v0.9 names: whole model, not per rank).
-        self.query_projection_size = config.kv_channels * config.num_attention_heads
-        self.kv_projection_size = config.kv_channels * config.num_query_groups
+        # Rows per rank of the query projection and of the keys' and values' (v0.9 names: whole model, not per
+        # rank).
+        head, groups = derived(config.kv_channels), derived(config.num_query_groups)
+        self.query_projection_size = head * config.num_attention_heads
+        self.kv_projection_size = head * groups
         self.hidden_size_per_attention_head = divide(self.query_projection_size, config.num_attention_heads)
         self.num_attention_heads_per_partition = divide(config.num_attention_heads, tp_size)
-        self.num_query_groups_per_partition = max(1, config.num_query_groups // tp_size)
+        self.num_query_groups_per_partition = max(1, groups // tp_size)
 
         self.core_attention = build_module(
             submodules.core_attention,
@@ -111,9 +116,9 @@ class Attention(MegatronModule, ABC):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from hidden_states to themselves or to key_value_states.
 
-        hidden_states [sq/sp, b, h], attention_mask bool [b or 1, 1, sq, sk] (True = hidden) or None, key_value_states
-        [sk/sp, b, h] -> output [sq/sp, b, h] and the unadded bias [h] (None without biases). Packed documents come as
-        one sequence [t, 1, h].
+        hidden_states [sq/sp, b, h], attention_mask bool [b or 1, 1, sq, sk] (True = hidden) or None,
+        key_value_states [sk/sp, b, h] -> output [sq/sp, b, h] and the unadded bias [h] (None without biases).
+        Packed documents come as one sequence [t, 1, h].
         """
         query, key, value = self.get_query_key_value_tensors(hidden_states, key_value_states)
         attn_mask_type = self.attn_mask_type
@@ -126,7 +131,7 @@ class Attention(MegatronModule, ABC):
         if packed:
             query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
 
-        if tables[0] is not None:
+        if tables[0] is not None and tables[1] is not None:
             cu_q = packed_seq_params.cu_seqlens_q if packed and packed_seq_params else None
             cu_kv = packed_seq_params.cu_seqlens_kv if packed and packed_seq_params else None
             query = apply_rotary_pos_emb(query, tables[0], config=self.config, cu_seqlens=cu_q)
@@ -180,10 +185,12 @@ class Attention(MegatronModule, ABC):
         tables: tuple[Tensor | None, Tensor | None],
         attention_mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None], AttnMaskType, Tensor | None]:
-        """Append this step's keys and values (before rotation) to the layer's cache and return all seen so far.
+        """Append this step's keys and values (before rotation) to the layer's cache and return all seen so
+        far.
 
-        key, value [sq, b, ng, hn] -> [offset + sq, b, ng, hn]; the rotary tables become those of the new queries and of
-        all keys. One new position sees everything and needs no mask; several see the past by the causal rule.
+        key, value [sq, b, ng, hn] -> [offset + sq, b, ng, hn]; the rotary tables become those of the new
+        queries and of all keys. One new position sees everything and needs no mask; several see the past by
+        the causal rule.
         """
         memory = inference_params.key_value_memory_dict
         if self.layer_number not in memory:
@@ -219,7 +226,9 @@ class Attention(MegatronModule, ABC):
 
 
 class SelfAttention(Attention):
-    """Queries, keys and values from one projection, packed group by group: its query heads, its key, its value."""
+    """Queries, keys and values from one projection, packed group by group: its query heads, its key, its
+    value.
+    """
 
     def __init__(
         self,
@@ -240,8 +249,9 @@ class SelfAttention(Attention):
         )
         groups = parallel_state.resolve(pg_collection)
         self.tp_rank = groups.rank("tp")
-        # With fewer groups than ranks several ranks share one group's key and value (and each takes some of its queries).
-        self.ranks_per_group = max(1, groups.size("tp") // config.num_query_groups)
+        # With fewer groups than ranks several ranks share one group's key and value (and each takes some of
+        # its queries).
+        self.ranks_per_group = max(1, groups.size("tp") // derived(config.num_query_groups))
         self.linear_qkv = build_module(
             submodules.linear_qkv,
             config.hidden_size,
@@ -293,8 +303,8 @@ class SelfAttention(Attention):
     def _share_of_group(self, mixed: Tensor) -> Tensor:
         """[s, b, (np + 2 ng)/tp * hn] cut across a group -> this rank's [queries | key | value] of its group.
 
-        The projection's rows do not end at group borders when ranks outnumber groups, so the whole result is gathered; in
-        the backward pass the ranks' gradients of a shared key and value are summed.
+        The projection's rows do not end at group borders when ranks outnumber groups, so the whole result is
+        gathered; in the backward pass the ranks' gradients of a shared key and value are summed.
         """
         head = self.hidden_size_per_attention_head
         heads = self.num_attention_heads_per_partition
@@ -369,8 +379,9 @@ class CrossAttention(Attention):
     def get_query_key_value_tensors(
         self, hidden_states: Tensor, key_value_states: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [sq/sp, b, h], key_value_states [sk/sp, b, h] -> query [sq, b, np/tp, hn], key and value
-        [sk, b, np/tp, hn]."""
+        """hidden_states [sq/sp, b, h], key_value_states [sk/sp, b, h] -> query [sq, b, np/tp, hn], key and
+        value [sk, b, np/tp, hn].
+        """
         heads, head = self.num_attention_heads_per_partition, self.hidden_size_per_attention_head
         mixed, _ = self.linear_kv(key_value_states)
         key, value = mixed.view(*mixed.shape[:2], heads, 2 * head).split(head, dim=3)

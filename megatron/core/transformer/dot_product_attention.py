@@ -24,8 +24,8 @@ from megatron.core.utils import divide
 class DotProductAttention(MegatronModule):
     """Scaled dot-product attention over this rank's heads; it has no parameters.
 
-    The implementation for ordinary calls is chosen when the module is built; one for calls of another kind (an explicit
-    mask, packed documents, a key/value cache) at the first such call.
+    The implementation for ordinary calls is chosen when the module is built; one for calls of another kind
+    (an explicit mask, packed documents, a key/value cache) at the first such call.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class DotProductAttention(MegatronModule):
         self._implementations: dict[tuple[bool, bool, bool, bool], Callable[..., Tensor]] = {}
         self._implementation(
             causal=attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal),
-            masked=attn_mask_type in (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.arbitrary),
+            masked=attn_mask_type
+            in (AttnMaskType.padding, AttnMaskType.padding_causal, AttnMaskType.arbitrary),
         )
 
     def _implementation(
@@ -109,20 +110,26 @@ class DotProductAttention(MegatronModule):
         attn_mask_type: AttnMaskType | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [sq, b, np, hn], key and value [sk, b, ng, hn], attention_mask bool broadcastable to [b, np, sq, sk] with True
-        = hidden, or None -> context [sq, b, np * hn]. Packed documents: [t, np, hn] and [t, ng, hn] -> [t, np * hn].
+        """query [sq, b, np, hn], key and value [sk, b, ng, hn], attention_mask bool broadcastable to [b, np,
+        sq, sk] with True = hidden, or None -> context [sq, b, np * hn]. Packed documents: [t, np, hn] and [t,
+        ng, hn] -> [t, np * hn].
 
-        A given mask says everything (a causal one hides the future itself); with type `padding_causal` the future is hidden
-        besides, with `no_mask` the mask is ignored.
+        A given mask says everything (a causal one hides the future itself); with type `padding_causal` the
+        future is hidden besides, with `no_mask` the mask is ignored.
         """
         mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
         mask = None if mask_type is AttnMaskType.no_mask else attention_mask
-        causal = mask_type is AttnMaskType.padding_causal or (mask_type is AttnMaskType.causal and mask is None)
+        causal = mask_type is AttnMaskType.padding_causal or (
+            mask_type is AttnMaskType.causal and mask is None
+        )
         packed = packed_seq_params is not None and packed_seq_params.qkv_format == "thd"
         if packed:
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         attend = self._implementation(
-            causal, mask is not None, packed, short_query=query.size(0) != key.size(0) and self.attention_type == "self"
+            causal,
+            mask is not None,
+            packed,
+            short_query=query.size(0) != key.size(0) and self.attention_type == "self",
         )
         dropout_p = self.dropout_p if self.training else 0.0
         fork = self.fork_random_state and self.training

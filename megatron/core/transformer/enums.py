@@ -17,7 +17,9 @@ class AttnType(enum.Enum):
 
 
 class AttnMaskType(enum.Enum):
-    """Which positions attend to which: by a given padding mask, to the past only, to everything, or both or any mask."""
+    """Which positions attend to which: by a given padding mask, to the past only, to everything, or both
+    or any mask.
+    """
 
     padding = 1
     causal = 2

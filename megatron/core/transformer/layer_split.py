@@ -26,8 +26,9 @@ def layers_per_stage(
 ) -> tuple[int, ...]:
     """Layers held by each of `stages` pipeline stages, all chunks of a stage together.
 
-    `first` and `last` fix the outer stages, the others share the rest equally. With `standalone_embedding` stage 0 holds
-    the embedding alone and the split is over the remaining stages. ConfigError if the rest does not divide.
+    `first` and `last` fix the outer stages, the others share the rest equally. With `standalone_embedding`
+    stage 0 holds the embedding alone and the split is over the remaining stages. ConfigError if the rest does
+    not divide.
     """
     if standalone_embedding:
         if stages < 2:
@@ -73,9 +74,9 @@ def split_layers(
 ) -> tuple[tuple[range, ...], ...]:
     """Global layer indices (from 0) as `result[chunk][stage]`.
 
-    Chunks follow each other around the stages: chunk 0 of every stage, then chunk 1 of every stage, so a stage with n
-    layers and v chunks holds n/v consecutive layers in each (interleaved schedule, arXiv:2104.04473). ConfigError if a
-    stage's layers do not divide into its chunks.
+    Chunks follow each other around the stages: chunk 0 of every stage, then chunk 1 of every stage, so a
+    stage with n layers and v chunks holds n/v consecutive layers in each (interleaved schedule,
+    arXiv:2104.04473). ConfigError if a stage's layers do not divide into its chunks.
     """
     per_stage = layers_per_stage(num_layers, stages, first, last, standalone_embedding)
     for stage, layers in enumerate(per_stage):
@@ -99,8 +100,8 @@ def split_layers(
 def layers_here(config: TransformerConfig, pg_collection: ProcessGroupCollection | None = None) -> range:
     """Global indices (from 0) of the layers of this rank's stage and current virtual chunk.
 
-    `config.pipeline_model_parallel_size` counts the stages of this stack alone: behind an encoder with stages of its own
-    the decoder's first stage is its stage 0. ConfigError if this rank's stage lies outside them.
+    `config.pipeline_model_parallel_size` counts the stages of this stack alone: behind an encoder with stages
+    of its own the decoder's first stage is its stage 0. ConfigError if this rank's stage lies outside them.
     """
     groups = parallel_state.resolve(pg_collection)
     stage = groups.rank("pp")

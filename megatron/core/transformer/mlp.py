@@ -22,6 +22,7 @@ from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived, sharded_state_dict_default
 
 Activation = Callable[[Tensor, Tensor | None], Tensor]
 
@@ -37,8 +38,8 @@ class MLPSubmodules:
 class MLP(MegatronModule):
     """h -> ffn -> h, split over tensor parallel ranks along ffn.
 
-    A gated MLP projects to 2 x ffn, the gate in the first half of each rank's rows and the value in the second, and
-    computes activation(gate) * value (Shazeer 2020, arXiv:2002.05202).
+    A gated MLP projects to 2 x ffn, the gate in the first half of each rank's rows and the value in the
+    second, and computes activation(gate) * value (Shazeer 2020, arXiv:2002.05202).
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class MLP(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.input_size = input_size if input_size is not None else config.hidden_size
-        ffn_hidden_size = config.ffn_hidden_size * (2 if config.gated_linear_unit else 1)
+        ffn_hidden_size = derived(config.ffn_hidden_size) * (2 if config.gated_linear_unit else 1)
         self.linear_fc1 = build_module(
             submodules.linear_fc1,
             self.input_size,
@@ -85,8 +86,8 @@ class MLP(MegatronModule):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Project up, apply the activation, project down.
 
-        hidden_states [s/sp, b, h] -> output [s/sp, b, h]; bias [h] (or None) is returned unadded so that the caller can
-        fuse it with dropout.
+        hidden_states [s/sp, b, h] -> output [s/sp, b, h]; bias [h] (or None) is returned unadded so that the
+        caller can fuse it with dropout.
         """
         up, bias = self.linear_fc1(hidden_states)  # [s, b, f/tp], 2f/tp when gated
         return self.linear_fc2(self.activation(up, bias))
@@ -96,8 +97,8 @@ class MLP(MegatronModule):
     ) -> ShardedStateDict:
         """As every module's; a gated fc1 is cut so that the file holds [all gate rows; all value rows]."""
         sharded: dict[str, Any] = {}
-        for name, module in self._modules.items():
-            part = module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
+        for name, module in self.named_children():
+            part = sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata)
             if self.config.gated_linear_unit and name == "linear_fc1":
                 for key, piece in part.items():
                     if isinstance(piece, ShardedTensor) and key.endswith((".weight", ".bias")):
@@ -119,7 +120,7 @@ def choose_activation(config: TransformerConfig) -> Activation:
         if gated and activation is F.gelu:
             return bias_geglu_impl
         if activation is F.gelu and not gated and config.add_bias_linear:
-            return bias_gelu_impl
+            return bias_gelu_impl  # type: ignore[return-value]  # there is a bias
 
     def plain(x: Tensor, bias: Tensor | None) -> Tensor:
         x = x if bias is None else x + bias
@@ -136,7 +137,8 @@ def apply_swiglu_sharded_factory(
 ) -> ShardedTensorFactory:
     """Describe a local [gate; value] tensor as two pieces of one global [gate; value] tensor.
 
-    With tp ranks the global axis 0 has 2 tp fragments, of which rank r holds number r (gate) and tp + r (value).
+    With tp ranks the global axis 0 has 2 tp fragments, of which rank r holds number r (gate) and tp + r
+    (value).
     """
     prepended = len(sharded_offsets)
     axis = prepended
@@ -147,7 +149,7 @@ def apply_swiglu_sharded_factory(
             "local rows; a gated projection must be cut evenly over tensor parallel ranks"
         )
     rank = original_sh_ten.global_offset[axis] // local_rows
-    fragments = original_sh_ten.axis_fragmentations[axis]
+    fragments = derived(original_sh_ten.axis_fragmentations)[axis]
     half_shape = (local_rows // 2, *original_sh_ten.local_shape[1:])
     half_size = 1
     for extent in half_shape:
@@ -169,7 +171,8 @@ def apply_swiglu_sharded_factory(
                 )
                 for half, offset in zip(t.chunk(2, dim=0), offsets)
             ]
-        # A distributed optimizer owns an arbitrary slice of the flattened local tensor: cut it at the gate/value border.
+        # A distributed optimizer owns an arbitrary slice of the flattened local tensor: cut it at the
+        # gate/value border.
         gate_length = max(0, min(flattened_range.stop, half_size) - flattened_range.start)
         owned = [
             (t[:gate_length], slice(flattened_range.start, flattened_range.start + gate_length)),

@@ -37,8 +37,8 @@ class MegatronModule(torch.nn.Module):
     ) -> ShardedStateDict:
         """Sharded tensors of this module and everything below it.
 
-        prefix goes before every key; sharded_offsets are (axis, offset, fragments) of axes stacked in front, such as the
-        layer axis. Own parameters are described as replicated over tensor parallel ranks.
+        prefix goes before every key; sharded_offsets are (axis, offset, fragments) of axes stacked in front,
+        such as the layer axis. Own parameters are described as replicated over tensor parallel ranks.
         """
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)
@@ -51,7 +51,7 @@ class MegatronModule(torch.nn.Module):
         """Tell modules that cache a transformed weight that the weights have just changed."""
         for module in self.modules():
             if hasattr(module, "is_first_microbatch"):
-                module.is_first_microbatch = True
+                module.is_first_microbatch = True  # type: ignore[assignment]
 
 
 def conversion_helper(val: Any, conversion: Callable[[Tensor], Tensor]) -> Any:
@@ -83,7 +83,9 @@ def float16_to_fp32(val: Any) -> Any:
 
 
 class Float16Module(MegatronModule):
-    """A model with fp16 or bf16 parameters: fp32 inputs become half on the first stage, outputs fp32 on the last."""
+    """A model with fp16 or bf16 parameters: fp32 inputs become half on the first stage, outputs fp32 on
+    the last.
+    """
 
     def __init__(self, config: TransformerConfig, module: torch.nn.Module) -> None:
         super().__init__(config)
@@ -92,6 +94,7 @@ class Float16Module(MegatronModule):
         if not (self.fp16 or self.bf16):
             raise ValueError("Float16Module needs config.fp16 or config.bf16; wrap nothing for fp32 training")
         dtype = torch.float16 if self.fp16 else torch.bfloat16
+        self.module: Any
         self.add_module("module", module.to(dtype))
         self.float16_convertor: Callable[[Tensor], Tensor] = lambda tensor: tensor.to(dtype)
 
@@ -108,7 +111,9 @@ class Float16Module(MegatronModule):
             outputs = float16_to_fp32(outputs)
         return outputs
 
-    def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(
+        self, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped model's state dict: the wrapper adds no level to the names."""
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 

@@ -24,9 +24,9 @@ class Segment:
 def plan_recompute(num_layers: int, method: str | None, recompute_num_layers: int | None) -> list[Segment]:
     """How the `num_layers` layers of a chunk are run under full recomputation.
 
-    `uniform`: all of them, in checkpointed segments of `recompute_num_layers` (the last may be shorter), which saves the
-    most memory. `block`: the first `recompute_num_layers`, one by one, and the rest not at all, which spends no more
-    recomputation than fits. ConfigError for another method or a missing number.
+    `uniform`: all of them, in checkpointed segments of `recompute_num_layers` (the last may be shorter),
+    which saves the most memory. `block`: the first `recompute_num_layers`, one by one, and the rest not at
+    all, which spends no more recomputation than fits. ConfigError for another method or a missing number.
     """
     if method not in ("uniform", "block"):
         raise ConfigError(
@@ -53,7 +53,8 @@ def run_segments(
     context: Tensor | None,
     distribute_saved_activations: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Follow a plan: `run_layers(start, stop, hidden, context)` for every segment, checkpointed where it says so.
+    """Follow a plan: `run_layers(start, stop, hidden, context)` for every segment, checkpointed where it says
+    so.
 
     hidden [s/sp, b, h] and context [sk/sp, b, h] or None -> the same after the last layer. With
     `distribute_saved_activations` each tensor parallel rank keeps 1/tp of a segment's input.

@@ -11,8 +11,8 @@ from typing import Any
 class ModuleSpec:
     """One module to build.
 
-    `module` is a class or function, or ("package.module", "Name") to import late; `params` are fixed keyword arguments
-    of its constructor; `submodules` is the record that names its parts.
+    `module` is a class or function, or ("package.module", "Name") to import late; `params` are fixed keyword
+    arguments of its constructor; `submodules` is the record that names its parts.
     """
 
     module: tuple[str, str] | type | Callable
@@ -36,15 +36,15 @@ def get_module(spec_or_module: Any, **additional_kwargs: Any) -> Any:
     module = spec_or_module.module if isinstance(spec_or_module, ModuleSpec) else spec_or_module
     if isinstance(module, (type, types.FunctionType)):
         return module
-    return import_module(module)
+    return import_module(module)  # type: ignore[arg-type]
 
 
 def build_module(spec_or_module: Any, *args: Any, pg_collection: Any = None, **kwargs: Any) -> Any:
     """Instantiate a spec or class with these arguments; functions are returned as they are.
 
-    The spec's own `params` win over `kwargs`, and its `submodules` are passed on if there are any. An explicit
-    `pg_collection` is handed to the constructor; None (the current groups) is left out, so that a user's module needs
-    to know nothing of it.
+    The spec's own `params` win over `kwargs`, and its `submodules` are passed on if there are any. An
+    explicit `pg_collection` is handed to the constructor; None (the current groups) is left out, so that a
+    user's module needs to know nothing of it.
     """
     module = get_module(spec_or_module)
     if isinstance(module, types.FunctionType):

@@ -7,7 +7,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class WrappedTorchLayerNorm(FusedLayerNorm):
-    """LayerNorm or RMSNorm [*, h] -> [*, h]; v0.9's name for the norm used when no kernel library is installed."""
+    """LayerNorm or RMSNorm [*, h] -> [*, h]; v0.9's name for the norm used when no kernel library is
+    installed.
+    """
 
     def __init__(
         self,

@@ -108,13 +108,20 @@ class TransformerBlock(MegatronModule):
         inference_params: InferenceParams | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """hidden_states [s/sp, b, h] (ignored after the first stage), masks bool [b or 1, 1, sq, sk] or None, context
-        [sk/sp, b, h] -> [s/sp, b, h]."""
+        """hidden_states [s/sp, b, h] (ignored after the first stage), masks bool [b or 1, 1, sq, sk] or
+        None, context [sk/sp, b, h] -> [s/sp, b, h].
+        """
         hidden = hidden_states if self.pre_process else self.input_tensor
+        if hidden is None:
+            raise ValueError(
+                "a stage needs hidden_states (the first) or set_input_tensor before its forward pass"
+            )
         # The schedule frees a stage's output by emptying its storage, which a view would keep alive.
         hidden = make_viewless_tensor(inp=hidden, requires_grad=True, keep_graph=True)
 
-        def run_layers(start: int, stop: int, hidden: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        def run_layers(
+            start: int, stop: int, hidden: Tensor, context: Tensor | None
+        ) -> tuple[Tensor, Tensor | None]:
             for index in range(start, stop):
                 hidden, context = self.layers[index](
                     hidden_states=hidden,
@@ -127,7 +134,8 @@ class TransformerBlock(MegatronModule):
                 )
             return hidden, context
 
-        # Under sequence parallelism each rank drops other positions, so their masks must differ between the ranks.
+        # Under sequence parallelism each rank drops other positions, so their masks must differ between the
+        # ranks.
         fork = self.config.sequence_parallel and self.training
         with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
             if self.segments is not None and self.training:
@@ -146,7 +154,8 @@ class TransformerBlock(MegatronModule):
     ) -> ShardedStateDict:
         """Layers stacked along a leading axis of the model's depth, under one name `layers.<part>`.
 
-        With metadata["non_homogeneous_layers"] each layer keeps its own name `layers.<global index>.<part>` instead.
+        With metadata["non_homogeneous_layers"] each layer keeps its own name `layers.<global index>.<part>`
+        instead.
         """
         if sharded_offsets:
             raise ValueError("a block's layers already form the stacked axis; sharded_offsets must be empty")
@@ -157,13 +166,9 @@ class TransformerBlock(MegatronModule):
             index = layer.layer_number - 1
             stacked = () if separate else ((0, index, self.config.num_layers),)
             own = layer.sharded_state_dict(f"{layers}{local}.", stacked, metadata)
-            replace_prefix_for_sharding(
-                own, f"{layers}{local}.", f"{layers}{index}." if separate else layers
-            )
+            replace_prefix_for_sharding(own, f"{layers}{local}.", f"{layers}{index}." if separate else layers)
             sharded.update(own)
         for name, module in self.named_children():
             if module is not self.layers:
                 sharded.update(sharded_state_dict_default(module, f"{prefix}{name}.", (), metadata))
         return sharded
-
-

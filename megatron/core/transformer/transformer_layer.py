@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class TransformerLayerSubmodules:
     """The parts of a layer; what is not named does nothing.
 
-    `sharded_state_dict_keys_map` renames parts in distributed checkpoints, so that layers built from different parts can
-    read each other's files.
+    `sharded_state_dict_keys_map` renames parts in distributed checkpoints, so that layers built from
+    different parts can read each other's files.
     """
 
     input_layernorm: ModuleSpec | type = IdentityOp
@@ -49,8 +49,8 @@ class BaseTransformerLayer(ABC):  # noqa: B024  (a marker: what a block may stac
 class TransformerLayer(MegatronModule, BaseTransformerLayer):
     """A pre-norm layer: each part reads the normalised stream and adds its result to the stream.
 
-    With `apply_residual_connection_post_layernorm` the normalised input itself is carried on, which (with the block's final
-    norm) is the post-norm arrangement of the original transformer and of BERT.
+    With `apply_residual_connection_post_layernorm` the normalised input itself is carried on, which (with the
+    block's final norm) is the post-norm arrangement of the original transformer and of BERT.
     """
 
     def __init__(
@@ -62,7 +62,9 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         *,
         pg_collection: Any = None,
     ) -> None:
-        """layer_number: 1-based within this stage's chunk; the attribute of that name counts over the whole model."""
+        """layer_number: 1-based within this stage's chunk; the attribute of that name counts over the
+        whole model.
+        """
         super().__init__(config)
         self.submodules_config = submodules
         self.layer_number = layer_number + layers_here(config, pg_collection).start
@@ -76,9 +78,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         part = {"config": config, "pg_collection": pg_collection}
 
         self.input_layernorm = build_module(submodules.input_layernorm, **norm)
-        self.self_attention = build_module(
-            submodules.self_attention, layer_number=self.layer_number, **part
-        )
+        self.self_attention = build_module(submodules.self_attention, layer_number=self.layer_number, **part)
         self.self_attn_bda = build_module(submodules.self_attn_bda)
 
         self.pre_cross_attn_layernorm = build_module(submodules.pre_cross_attn_layernorm, **norm)
@@ -109,8 +109,9 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         inference_params: InferenceParams | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s/sp, b, h], masks bool [b or 1, 1, sq, sk] (True = hidden) or None, context [sk/sp, b, h] ->
-        hidden_states [s/sp, b, h] and the context (which a cross-attention may replace)."""
+        """hidden_states [s/sp, b, h], masks bool [b or 1, 1, sq, sk] (True = hidden) or None, context
+        [sk/sp, b, h] -> hidden_states [s/sp, b, h] and the context (which a cross-attention may replace).
+        """
         fused = self.config.bias_dropout_fusion
         training = self.training
 
@@ -136,9 +137,7 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
             )
             if isinstance(attended, dict) and "context" in attended:
                 context = attended["context"]
-            hidden_states = self.cross_attn_bda(training, fused)(
-                attended, residual, self.hidden_dropout
-            )
+            hidden_states = self.cross_attn_bda(training, fused)(attended, residual, self.hidden_dropout)
 
         normed = self.pre_mlp_layernorm(hidden_states)
         residual = normed if self.residual_is_normed else hidden_states

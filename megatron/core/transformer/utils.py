@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from megatron.core.tensor_parallel.placement import (
 
 __all__ = [
     "attention_mask_func",
+    "derived",
     "erf_gelu",
     "gelu_impl",
     "get_default_causal_mask",
@@ -28,13 +29,22 @@ __all__ = [
 ]
 
 
+T = TypeVar("T")
+
+
+def derived(value: T | None) -> T:
+    """A configuration field that may be left open and is filled in when the configuration is made."""
+    assert value is not None, "the configuration was not completed; build it with TransformerConfig(...)"
+    return value
+
+
 def get_linear_layer(
-    rows: int, columns: int, init_method: Callable[[Tensor], Any], perform_initialization: bool = True
+    rows: int, columns: int, init_method: Callable[[Tensor], Any] | None, perform_initialization: bool = True
 ) -> torch.nn.Linear:
     """A plain linear layer [*, rows] -> [*, columns], not split over ranks, with a zero bias."""
     layer = torch.nn.Linear(rows, columns)
     if perform_initialization:
-        init_method(layer.weight)
+        derived(init_method)(layer.weight)
     with torch.no_grad():
         layer.bias.zero_()
     return layer
@@ -68,7 +78,9 @@ def erf_gelu(x: Tensor) -> Tensor:
 def sharded_state_dict_default(
     module: torch.nn.Module, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
 ) -> ShardedStateDict:
-    """The module's own `sharded_state_dict`, or its state dict described as replicated over tensor parallel ranks."""
+    """The module's own `sharded_state_dict`, or its state dict described as replicated over tensor
+    parallel ranks.
+    """
     own = getattr(module, "sharded_state_dict", None)
     if own is not None:
         return own(prefix=prefix, sharded_offsets=sharded_offsets, metadata=metadata)

@@ -1,4 +1,6 @@
-"""The recorded v0.9 models: their configuration, weights, batch and results (see tests/golden/checkpoints/README.md)."""
+"""The recorded v0.9 models: their configuration, weights, batch and results (see
+tests/golden/checkpoints/README.md).
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,30 @@ LLAMA_LIKE = {
 }
 # name -> (positions, position kind, tied, configuration)
 SHAPES: dict[str, tuple[int, str, bool, dict[str, Any]]] = {
-    "gpt": (32, "learned_absolute", True, {**PLAIN, "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}),
-    "vpp": (16, "learned_absolute", True, {**PLAIN, "num_layers": 4, "hidden_size": 32, "num_attention_heads": 2}),
+    "gpt": (
+        32,
+        "learned_absolute",
+        True,
+        {**PLAIN, "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4},
+    ),
+    "vpp": (
+        16,
+        "learned_absolute",
+        True,
+        {**PLAIN, "num_layers": 4, "hidden_size": 32, "num_attention_heads": 2},
+    ),
     "llama": (
         32,
         "rope",
         False,
         {**LLAMA_LIKE, "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 96},
     ),
-    "bert": (24, "learned_absolute", True, {**PLAIN, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}),
+    "bert": (
+        24,
+        "learned_absolute",
+        True,
+        {**PLAIN, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
+    ),
     "t5": (
         24,
         "learned_absolute",
@@ -82,7 +99,9 @@ def config_of(name: str, **changes: Any) -> TransformerConfig:
 
 
 def build(name: str, config: TransformerConfig | None = None, **stage: Any) -> torch.nn.Module:
-    """The recorded model, or with pre_process/post_process/.. one stage of it; logits come whole or as `stage` says."""
+    """The recorded model, or with pre_process/post_process/.. one stage of it; logits come whole or as
+    `stage` says.
+    """
     positions, kind, tied, _ = SHAPES[name]
     config = config or config_of(name)
     common = {
@@ -112,7 +131,9 @@ def _members(name: str) -> dict[str, bytes]:
         }
 
 
-def weights(name: str, layout: str = "tp1pp1", part: str = "mp_rank_00", key: str = "model") -> dict[str, Tensor]:
+def weights(
+    name: str, layout: str = "tp1pp1", part: str = "mp_rank_00", key: str = "model"
+) -> dict[str, Tensor]:
     """One file's state dict as v0.9 wrote it."""
     data = io.BytesIO(_members(name)[f"{layout}/iter_0000100/{part}/model_optim_rng.pt"])
     with torch.serialization.safe_globals(SAFE):
@@ -131,7 +152,9 @@ def grad_norms(name: str, layout: str = "") -> dict[str, Any]:
 
 
 def run(name: str, model: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Logits and losses of the recorded batch, under the names of expected.npz, with the loss ready for backward."""
+    """Logits and losses of the recorded batch, under the names of expected.npz, with the loss ready for
+    backward.
+    """
     if name == "bert":
         inputs = (batch["tokens"], batch["padding_mask"], batch["types"])
         logits, binary = model(*inputs)

@@ -116,11 +116,11 @@ def test_gpt2(tokens: Tensor) -> None:
                 f"{own}input_layernorm.{kind}": lambda w, n=f"{their}ln_1.{kind}": w[n],
                 f"{own}pre_mlp_layernorm.{kind}": lambda w, n=f"{their}ln_2.{kind}": w[n],
                 f"{own}self_attention.linear_proj.{kind}": lambda w, n=f"{their}attn.c_proj.{kind}": w[n].t(),
-                f"{own}self_attention.linear_qkv.{kind}": lambda w, n=f"{their}attn.c_attn.{kind}": packed(
-                    *w[n].t().chunk(3, dim=0), HEADS
-                )
-                if w[n].dim() == 2
-                else packed(*w[n].chunk(3), HEADS),
+                f"{own}self_attention.linear_qkv.{kind}": lambda w, n=f"{their}attn.c_attn.{kind}": (
+                    packed(*w[n].t().chunk(3, dim=0), HEADS)
+                    if w[n].dim() == 2
+                    else packed(*w[n].chunk(3), HEADS)
+                ),
                 f"{own}mlp.linear_fc1.{kind}": lambda w, n=f"{their}mlp.c_fc.{kind}": w[n].t(),
                 f"{own}mlp.linear_fc2.{kind}": lambda w, n=f"{their}mlp.c_proj.{kind}": w[n].t(),
             }
@@ -227,7 +227,8 @@ def test_bert(tokens: Tensor) -> None:
                 f"{own}pre_mlp_layernorm.{kind}": of(f"{norms[2 * i + 1]}.{kind}"),
                 f"{own}self_attention.linear_proj.{kind}": of(f"{layer}{i}.attention.output.dense.{kind}"),
                 f"{own}self_attention.linear_qkv.{kind}": lambda w, i=i, kind=kind: packed(
-                    *(w[f"{layer}{i}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")), HEADS
+                    *(w[f"{layer}{i}.attention.self.{part}.{kind}"] for part in ("query", "key", "value")),
+                    HEADS,
                 ),
                 f"{own}mlp.linear_fc1.{kind}": of(f"{layer}{i}.intermediate.dense.{kind}"),
                 f"{own}mlp.linear_fc2.{kind}": of(f"{layer}{i}.output.dense.{kind}"),
@@ -252,13 +253,17 @@ def test_bert(tokens: Tensor) -> None:
     def their_outputs() -> Tensor:
         # Padded queries are left out: there they attend to the tokens, here to everything alike.
         result = theirs(tokens, attention_mask=padding, token_type_ids=types)
-        return torch.cat([(result.prediction_logits * shown).flatten(), result.seq_relationship_logits.flatten()])
+        return torch.cat(
+            [(result.prediction_logits * shown).flatten(), result.seq_relationship_logits.flatten()]
+        )
 
     check(ours, theirs, mapping, our_outputs, their_outputs)
 
 
 def test_t5(tokens: Tensor) -> None:
-    """T5 without its relative position bias: RMS norms, no biases, ReLU, unscaled scores, cross-attention, padding."""
+    """T5 without its relative position bias: RMS norms, no biases, ReLU, unscaled scores, cross-attention,
+    padding.
+    """
     config = transformers.T5Config(
         vocab_size=VOCAB, d_model=HIDDEN, d_kv=HEAD, d_ff=64, num_layers=LAYERS, num_decoder_layers=LAYERS,
         num_heads=HEADS, dropout_rate=0.0, layer_norm_epsilon=1e-5, tie_word_embeddings=False, decoder_start_token_id=0,

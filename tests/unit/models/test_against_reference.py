@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,7 +59,9 @@ def noisy(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def check(model: torch.nn.Module, ours: Callable[[], Tensor], theirs: Callable[[reference.State], Tensor]) -> None:
+def check(
+    model: torch.nn.Module, ours: Callable[[], Tensor], theirs: Callable[[reference.State], Tensor]
+) -> None:
     """Same values, and the same gradient of every parameter (1e-11 of its largest entry)."""
     twins = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     actual, expected = ours(), theirs(twins)
@@ -71,7 +74,8 @@ def check(model: torch.nn.Module, ours: Callable[[], Tensor], theirs: Callable[[
 
 
 def close(actual: Tensor, expected: Tensor, name: str) -> None:
-    # Some gradients vanish (a key norm's bias shifts all scores of a query alike): those only have to be small.
+    # Some gradients vanish (a key norm's bias shifts all scores of a query alike): those only have to be
+    # small.
     error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-3)).item()
     assert error < 1e-11, f"{name}: {error:.1e}"
 
@@ -157,7 +161,9 @@ def test_gpt(option: str) -> None:
     labels = ids.roll(-1, 1)
 
     def expected(w: reference.State) -> Tensor:
-        return F.cross_entropy(reference.gpt(w, shape, ids).flatten(0, 1), labels.flatten(), reduction="none").view(3, -1)
+        return F.cross_entropy(
+            reference.gpt(w, shape, ids).flatten(0, 1), labels.flatten(), reduction="none"
+        ).view(3, -1)
 
     logits = model(ids, positions(ids), None)
     close(logits, reference.gpt(dict(model.named_parameters()), shape, ids), "logits")
@@ -207,9 +213,7 @@ def test_documents_packed_end_to_end() -> None:
     check(
         model,
         lambda: model(ids, positions(ids), None, packed_seq_params=packed),
-        lambda w: torch.cat(
-            [reference.gpt(w, shape, ids[:, a:b]) for a, b in zip(borders, borders[1:])], dim=1
-        ),
+        lambda w: torch.cat([reference.gpt(w, shape, ids[:, a:b]) for a, b in pairwise(borders)], dim=1),
     )
 
 
@@ -223,7 +227,9 @@ def test_a_plain_causal_mask_changes_nothing() -> None:
 @pytest.mark.parametrize("post_norm", [False, True])
 def test_bert(post_norm: bool) -> None:
     config = TransformerConfig(**BASE, apply_residual_connection_post_layernorm=post_norm)
-    model = noisy(BertModel(config, 2, bert_layer_local_spec, VOCAB, LENGTH, share_embeddings_and_output_weights=True))
+    model = noisy(
+        BertModel(config, 2, bert_layer_local_spec, VOCAB, LENGTH, share_embeddings_and_output_weights=True)
+    )
     ids, present = tokens(), torch.ones(3, LENGTH, dtype=torch.long)
     present[0, 13:] = 0
     types = (positions(ids) > 8).long()
@@ -232,7 +238,11 @@ def test_bert(post_norm: bool) -> None:
         return torch.cat([t.flatten() for t in pair])
 
     shape = shape_of(config)
-    check(model, lambda: flat(model(ids, present, types)), lambda w: flat(reference.bert(w, shape, ids, types, present)))
+    check(
+        model,
+        lambda: flat(model(ids, present, types)),
+        lambda w: flat(reference.bert(w, shape, ids, types, present)),
+    )
 
 
 def test_bert_embeddings_are_means_over_inner_tokens() -> None:
@@ -250,7 +260,11 @@ def test_bert_embeddings_are_means_over_inner_tokens() -> None:
 
 @pytest.mark.parametrize("recompute", [None, "uniform"])
 def test_t5(recompute: str | None) -> None:
-    changes = {"recompute_granularity": "full", "recompute_method": recompute, "recompute_num_layers": 2} if recompute else {}
+    changes = (
+        {"recompute_granularity": "full", "recompute_method": recompute, "recompute_num_layers": 2}
+        if recompute
+        else {}
+    )
     config = TransformerConfig(**BASE, **changes)
     model = noisy(
         T5Model(
@@ -275,4 +289,8 @@ def test_t5(recompute: str | None) -> None:
         hidden(target_present, target_present) | reference.future(12),
         hidden(target_present, source_present),
     )
-    check(model, lambda: model(source, target, *masks), lambda w: reference.t5(w, shape_of(config), source, target, masks))
+    check(
+        model,
+        lambda: model(source, target, *masks),
+        lambda w: reference.t5(w, shape_of(config), source, target, masks),
+    )

@@ -70,9 +70,13 @@ def test_recomputation_repeats_dropout_exactly(recompute: dict[str, Any], fused:
     results = []
     ids, positions = batch()
     for changes in ({}, recompute):
-        get_cuda_rng_tracker().set_states({"model-parallel-rng": torch.Generator().manual_seed(9).get_state()})
+        get_cuda_rng_tracker().set_states(
+            {"model-parallel-rng": torch.Generator().manual_seed(9).get_state()}
+        )
         model = build(bias_dropout_fusion=fused, bias_activation_fusion=fused, **changes)
-        get_cuda_rng_tracker().set_states({"model-parallel-rng": torch.Generator().manual_seed(9).get_state()})
+        get_cuda_rng_tracker().set_states(
+            {"model-parallel-rng": torch.Generator().manual_seed(9).get_state()}
+        )
         torch.manual_seed(3)
         loss = model(ids, positions, None, labels=ids).mean()
         loss.backward()
@@ -84,7 +88,9 @@ def test_recomputation_repeats_dropout_exactly(recompute: dict[str, Any], fused:
 
 
 def test_fp32_residual_stream() -> None:
-    """bf16 weights and branches, fp32 sums: the block's output before the last norm is fp32 and closer to fp32's."""
+    """bf16 weights and branches, fp32 sums: the block's output before the last norm is fp32 and closer to
+    fp32's.
+    """
     ids, positions = batch()
     outputs = {}
     for name, changes in (
@@ -92,7 +98,9 @@ def test_fp32_residual_stream() -> None:
         ("half", {"bf16": True, "params_dtype": torch.bfloat16}),
         ("wide", {"bf16": True, "params_dtype": torch.bfloat16, "fp32_residual_connection": True}),
     ):
-        get_cuda_rng_tracker().set_states({"model-parallel-rng": torch.Generator().manual_seed(9).get_state()})
+        get_cuda_rng_tracker().set_states(
+            {"model-parallel-rng": torch.Generator().manual_seed(9).get_state()}
+        )
         model = build(num_layers=2, **PLAIN, **changes).eval()
         if "bf16" in changes:
             model.bfloat16()

@@ -15,7 +15,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 
-RECORDED = json.loads((Path(__file__).parents[2] / "golden" / "models" / "initial_param_sums.json").read_text())
+RECORDED = json.loads(
+    (Path(__file__).parents[2] / "golden" / "models" / "initial_param_sums.json").read_text()
+)
 BASE: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
 CASES: dict[str, dict[str, Any]] = {
     "fp32_w1": {},
@@ -44,7 +46,10 @@ def test_initial_weights(name: str) -> None:
         share_embeddings_and_output_weights=not rope,
         position_embedding_type="rope" if rope else "learned_absolute",
     )
-    own = [[key, list(p.shape), p.double().sum().item(), p.double().abs().sum().item()] for key, p in model.named_parameters()]
+    own = [
+        [key, list(p.shape), p.double().sum().item(), p.double().abs().sum().item()]
+        for key, p in model.named_parameters()
+    ]
     expected = RECORDED[name]
     assert [row[:2] for row in own] == [row[:2] for row in expected]
     for mine, theirs in zip(own, expected):
@@ -64,4 +69,6 @@ def test_init_method_reaches_every_matrix(method: str, bound: float | None) -> N
         assert fc1.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
     else:
         assert fc1.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.decoder.layers[0].mlp.linear_fc2.weight.std().item() == pytest.approx(0.02 / 4**0.5, rel=0.05)
+    assert model.decoder.layers[0].mlp.linear_fc2.weight.std().item() == pytest.approx(
+        0.02 / 4**0.5, rel=0.05
+    )

@@ -17,7 +17,9 @@ def test_recorded_model(name: str) -> None:
     expected = recorded.arrays(name, "expected.npz")
     result = recorded.run(name, model, recorded.arrays(name, "batch.npz"))
     for key, value in expected.items():
-        torch.testing.assert_close(result[key].detach().float(), value, rtol=1e-5, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(
+            result[key].detach().float(), value, rtol=1e-5, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
     result["loss"].backward()
     norms = {key: p.grad.norm().item() for key, p in model.named_parameters()}
     recorded_norms = recorded.grad_norms(name)

@@ -62,9 +62,9 @@ class T5LMHead(MegatronModule):
 class T5Model(LanguageModule):
     """Shared embedding, encoder, decoder, output layer; a stage holds its share of them.
 
-    With stages of its own for the encoder a stage has `add_encoder` or `add_decoder`; `pre_process` then means the first stage
-    of either and `post_process` the last of either (each holds a copy of embedding or head). `encoder_config` describes the
-    encoder (its depth and its number of stages), `config` the decoder.
+    With stages of its own for the encoder a stage has `add_encoder` or `add_decoder`; `pre_process` then
+    means the first stage of either and `post_process` the last of either (each holds a copy of embedding or
+    head). `encoder_config` describes the encoder (its depth and its number of stages), `config` the decoder.
     """
 
     def __init__(
@@ -115,7 +115,9 @@ class T5Model(LanguageModule):
                 pg_collection=pg_collection,
             )
             if position_embedding_type == "learned_absolute":
-                self.position_embeddings = self.embedding.position_embeddings  # v0.9's second name for the table
+                self.position_embeddings = (
+                    self.embedding.position_embeddings
+                )  # v0.9's second name for the table
         if position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
                 kv_channels=config.kv_channels,
@@ -136,7 +138,9 @@ class T5Model(LanguageModule):
             else None
         )
         self.decoder = (
-            TransformerBlock(config=config, spec=transformer_decoder_layer_spec, **place) if add_decoder else None
+            TransformerBlock(config=config, spec=transformer_decoder_layer_spec, **place)
+            if add_decoder
+            else None
         )
         if post_process:
             self.lm_head = T5LMHead(
@@ -148,12 +152,19 @@ class T5Model(LanguageModule):
                 pg_collection=pg_collection,
             )
             self.output_layer = self.lm_head.output_layer
+            if not add_decoder:
+                # v0.9 gives the encoder's last stage a head that nothing uses, and so do its checkpoints: norms do not
+                # count it, and no reduction of gradients waits for its own.
+                for param in self.lm_head.parameters():
+                    param.shared = param.idle = True  # type: ignore[attr-defined]
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take what the previous stage sent: hidden states of the stack this stage continues, then (inside the decoder)
-        the encoder's output; the first decoder stage receives the encoder's output alone. Each [s/sp, b, h]."""
+        """Take what the previous stage sent: hidden states of the stack this stage continues, then (inside
+        the decoder) the encoder's output; the first decoder stage receives the encoder's output alone.
+        Each [s/sp, b, h].
+        """
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         if self.encoder is not None:
             if len(tensors) != 1:
@@ -179,8 +190,8 @@ class T5Model(LanguageModule):
     ) -> Tensor:
         """Loss per token, logits, or hidden states for the next stage.
 
-        Ids [b, s]; masks bool [b, sq, sk], True = hidden; lm_labels [b, s]; encoder_hidden_states [s/sp, b, h] skips the encoder.
-        -> [b, s] with labels, else [b, s, v/tp], else [s/sp, b, h].
+        Ids [b, s]; masks bool [b, sq, sk], True = hidden; lm_labels [b, s]; encoder_hidden_states [s/sp, b,
+        h] skips the encoder. -> [b, s] with labels, else [b, s, v/tp], else [s/sp, b, h].
         """
         encoder_mask, decoder_mask, cross_mask = t5_extended_attention_mask(
             [encoder_attn_mask, decoder_attn_mask, encoder_decoder_attn_mask]
@@ -209,7 +220,9 @@ class T5Model(LanguageModule):
         )
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits = self.lm_head(hidden, weight)
         if lm_labels is None:
             return logits.transpose(0, 1).contiguous()
@@ -236,7 +249,8 @@ class T5Model(LanguageModule):
     ) -> ShardedStateDict:
         """As a language model's; what a later stage holds a copy of is described as a replica.
 
-        The copies are the decoder's embedding, the encoder's (unused) head, and the alias of a tied output weight.
+        The copies are the decoder's embedding, the encoder's (unused) head, and the alias of a tied output
+        weight.
         """
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         copies: list[str] = []
@@ -246,7 +260,9 @@ class T5Model(LanguageModule):
             copies += ["lm_head.", "output_layer."]
         for key, piece in sharded.items():
             if isinstance(piece, ShardedBase) and key.startswith(tuple(prefix + copy for copy in copies)):
-                replica = piece.replica_id if isinstance(piece.replica_id, tuple) else (0, 0, piece.replica_id)
+                replica = (
+                    piece.replica_id if isinstance(piece.replica_id, tuple) else (0, 0, piece.replica_id)
+                )
                 sharded[key] = replace(piece, replica_id=(1, *replica[1:]))  # type: ignore[type-var]
         alias = f"{prefix}lm_head.output_layer.weight"
         if self.share_embeddings_and_output_weights and alias in sharded:

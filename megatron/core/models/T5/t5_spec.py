@@ -27,7 +27,9 @@ def encoder_model_with_local_spec() -> ModuleSpec:
 
 
 def decoder_model_with_local_spec() -> ModuleSpec:
-    """A decoder layer of this library's own modules: causal self-attention, then attention to the encoder's output."""
+    """A decoder layer of this library's own modules: causal self-attention, then attention to the
+    encoder's output.
+    """
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(

@@ -12,7 +12,9 @@ from megatron.core.transformer.utils import get_linear_layer
 
 
 class BertLMHead(MegatronModule):
-    """h -> h, whole on every tensor parallel rank; under sequence parallelism each rank sees its part of the sequence."""
+    """h -> h, whole on every tensor parallel rank; under sequence parallelism each rank sees its part of
+    the sequence.
+    """
 
     def __init__(self, hidden_size: int, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -20,7 +22,7 @@ class BertLMHead(MegatronModule):
             hidden_size, hidden_size, config.init_method, config.perform_initialization
         )
         for parameter in self.dense.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         self.layer_norm = WrappedTorchLayerNorm(
             config, hidden_size, config.layernorm_epsilon, normalization="LayerNorm"
         )

@@ -30,9 +30,9 @@ __all__ = ["BertModel", "get_te_version"]
 class BertModel(LanguageModule):
     """Embedding, bidirectional layers, heads; a stage holds its share of them.
 
-    The word head predicts masked words; the binary head tells from the pooled first token whether two sentences follow each
-    other. `num_tokentypes` is 2 with the binary head, else 0. `return_embeddings` gives one vector per sample instead: the mean
-    over its tokens without the first and last ([CLS], [SEP]).
+    The word head predicts masked words; the binary head tells from the pooled first token whether two
+    sentences follow each other. `num_tokentypes` is 2 with the binary head, else 0. `return_embeddings` gives
+    one vector per sample instead: the mean over its tokens without the first and last ([CLS], [SEP]).
     """
 
     def __init__(
@@ -115,9 +115,7 @@ class BertModel(LanguageModule):
                 self.binary_head = get_linear_layer(
                     config.hidden_size, 2, config.init_method, config.perform_initialization
                 )
-                self.pooler = Pooler(
-                    config.hidden_size, config.init_method, config, config.sequence_parallel
-                )
+                self.pooler = Pooler(config.hidden_size, config.init_method, config, config.sequence_parallel)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -148,15 +146,14 @@ class BertModel(LanguageModule):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Losses and head outputs, or (before the last stage) hidden states.
 
-        input_ids, tokentype_ids, lm_labels [b, s], attention_mask [b, s] with 1 = token. -> (loss per token [b, s], or without
-        labels logits [b, s, v/tp]; sentence-order logits [b, 2] or None), or [s/sp, b, h], or embeddings [b, h].
+        input_ids, tokentype_ids, lm_labels [b, s], attention_mask [b, s] with 1 = token. -> (loss per token
+        [b, s], or without labels logits [b, s, v/tp]; sentence-order logits [b, 2] or None), or [s/sp, b, h],
+        or embeddings [b, h].
         """
         hidden = None
         if self.pre_process and input_ids is not None:
             positions = self.bert_position_ids(input_ids)
-            hidden = self.embedding(
-                input_ids=input_ids, position_ids=positions, tokentype_ids=tokentype_ids
-            )
+            hidden = self.embedding(input_ids=input_ids, position_ids=positions, tokentype_ids=tokentype_ids)
         rotary_pos_emb = None
         if self.position_embedding_type == "rope":
             length = self.rotary_pos_emb.get_rotary_seq_len(
@@ -175,20 +172,26 @@ class BertModel(LanguageModule):
             return self._mean_of_tokens(hidden, attention_mask)
 
         binary_logits = self.binary_head(self.pooler(hidden, 0)) if self.binary_head is not None else None
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits, _ = self.output_layer(self.lm_head(hidden), weight=weight)  # [s, b, v/tp]
         if lm_labels is None:
             return logits.transpose(0, 1).contiguous(), binary_logits
         return self.compute_language_model_loss(lm_labels, logits), binary_logits
 
     def _mask_if_padded(self, attention_mask: Tensor) -> Tensor | None:
-        """The extended mask, or None for a batch on the CPU without padding (elsewhere looking would mean waiting)."""
+        """The extended mask, or None for a batch on the CPU without padding (elsewhere looking would mean
+        waiting).
+        """
         if attention_mask.device.type == "cpu" and bool((attention_mask > 0.5).all()):
             return None
         return self.bert_extended_attention_mask(attention_mask)
 
     def _mean_of_tokens(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """hidden [s/sp, b, h], attention_mask [b, s] -> fp32 [b, h]: mean over tokens 1 .. length-2 of each sample."""
+        """hidden [s/sp, b, h], attention_mask [b, s] -> fp32 [b, h]: mean over tokens 1 .. length-2 of
+        each sample.
+        """
         if self.config.sequence_parallel:
             hidden = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False

@@ -24,7 +24,9 @@ FUSED_NORM_NAMES = {
 def get_gpt_layer_local_spec(
     num_experts: int | None = None, moe_grouped_gemm: bool = False, qk_layernorm: bool = False
 ) -> ModuleSpec:
-    """A GPT layer of this library's own modules, with a dense MLP or, given `num_experts`, a mixture of experts."""
+    """A GPT layer of this library's own modules, with a dense MLP or, given `num_experts`, a mixture of
+    experts.
+    """
     head_norm = WrappedTorchLayerNorm if qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
@@ -56,9 +58,11 @@ def get_gpt_layer_with_transformer_engine_spec(
     qk_layernorm: bool = False,
     fp8: str | None = None,
 ) -> ModuleSpec:
-    """A GPT layer for `--transformer-impl transformer_engine`; without that package the same layer of own modules.
+    """A GPT layer for `--transformer-impl transformer_engine`; without that package the same layer of own
+    modules.
 
-    Both compute the same and share distributed checkpoints. ValueError if fp8 is asked for: only the package has it.
+    Both compute the same and share distributed checkpoints. ValueError if fp8 is asked for: only the package
+    has it.
     """
     if fp8 is not None:
         raise ValueError(f"fp8={fp8!r} (--fp8-format) needs Transformer Engine; drop it to train in bf16")

@@ -27,8 +27,9 @@ from megatron.core.transformer.utils import get_default_causal_mask
 class GPTModel(LanguageModule):
     """Embedding, causal layers, output layer; a stage holds its share of them.
 
-    pre_process: first stage, holds the embedding. post_process: last stage, holds final norm and output layer.
-    parallel_output: leave logits cut by vocabulary over tensor parallel ranks. `vocab_size` is the padded one.
+    pre_process: first stage, holds the embedding. post_process: last stage, holds final norm and output
+    layer. parallel_output: leave logits cut by vocabulary over tensor parallel ranks. `vocab_size` is the
+    padded one.
     """
 
     def __init__(
@@ -132,9 +133,9 @@ class GPTModel(LanguageModule):
     ) -> Tensor:
         """Loss per token, logits, or (before the last stage) hidden states.
 
-        input_ids, position_ids, labels [b, s]; attention_mask bool [b or 1, 1, s, s], True = hidden, or None for plain causal
-        attention (faster); decoder_input [s/sp, b, h] replaces the embedding. -> [b, s] with labels, else
-        [b, s, v] ([b, s, v/tp] with parallel_output), else [s/sp, b, h].
+        input_ids, position_ids, labels [b, s]; attention_mask bool [b or 1, 1, s, s], True = hidden, or None
+        for plain causal attention (faster); decoder_input [s/sp, b, h] replaces the embedding. -> [b, s] with
+        labels, else [b, s, v] ([b, s, v/tp] with parallel_output), else [s/sp, b, h].
         """
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
@@ -155,7 +156,9 @@ class GPTModel(LanguageModule):
         if not self.post_process:
             return hidden
 
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits, _ = self.output_layer(hidden, weight=weight)  # [s, b, v/tp]
         if labels is None:
             return logits.transpose(0, 1).contiguous()
@@ -173,13 +176,17 @@ class GPTModel(LanguageModule):
 
 
 def unless_plainly_causal(attention_mask: Tensor | None) -> Tensor | None:
-    """None in place of a mask [b or 1, 1, s, s] that only hides the future, so that attention can be causal by itself.
+    """None in place of a mask [b or 1, 1, s, s] that only hides the future, so that attention can be causal
+    by itself.
 
-    Looking at the values is free on a CPU; a mask on another device would have to be waited for and is used as it is.
+    Looking at the values is free on a CPU; a mask on another device would have to be waited for and is used
+    as it is.
     """
     if attention_mask is None or attention_mask.device.type != "cpu":
         return attention_mask
     rows, columns = attention_mask.shape[-2:]
-    if rows != columns or not torch.equal(attention_mask, get_default_causal_mask(rows).expand_as(attention_mask)):
+    if rows != columns or not torch.equal(
+        attention_mask, get_default_causal_mask(rows).expand_as(attention_mask)
+    ):
         return attention_mask
     return None

@@ -20,10 +20,11 @@ def switch_load_balancing_loss_func(
     moe_aux_loss_coeff: float,
     sequence_partition_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """E * coeff / (T^2 k) * sum over experts of (probability mass x assignments) (Switch, arXiv:2101.03961, eq. 4-6).
+    """E * coeff / (T^2 k) * sum over experts of (probability mass x assignments) (Switch, arXiv:2101.03961,
+    eq. 4-6).
 
-    probs [t, e] over all experts, tokens_per_expert [e] before dropping. The sequence of T tokens may be divided over a group:
-    both its factors then count the whole sequence, and all ranks must call.
+    probs [t, e] over all experts, tokens_per_expert [e] before dropping. The sequence of T tokens may be
+    divided over a group: both its factors then count the whole sequence, and all ranks must call.
     """
     tokens = probs.shape[0] * group_size(sequence_partition_group)
     counts = tokens_per_expert
@@ -72,7 +73,9 @@ def save_to_aux_losses_tracker(
     reduce_group: ProcessGroup | None = None,
     avg_group: ProcessGroup | None = None,
 ) -> None:
-    """Add a layer's side loss (without its coefficient) to the table that is logged; layer_number counts from 1."""
+    """Add a layer's side loss (without its coefficient) to the table that is logged; layer_number counts
+    from 1.
+    """
     if layer_number is None:
         return
     tracker = parallel_state.get_moe_layer_wise_logging_tracker()
@@ -100,9 +103,9 @@ def reduce_aux_losses_tracker_across_ranks() -> None:
         if group_size(pipeline) > 1:
             dist.all_reduce(values, group=pipeline)
         if entry.get("reduce_group") is not None:
-            dist.all_reduce(values, group=entry["reduce_group"])  # type: ignore[arg-type]
+            dist.all_reduce(values, group=entry["reduce_group"])
         if entry.get("avg_group") is not None:
-            dist.all_reduce(values, group=entry["avg_group"])  # type: ignore[arg-type]
+            dist.all_reduce(values, group=entry["avg_group"])
             values /= group_size(entry["avg_group"])  # type: ignore[arg-type]
 
 
@@ -114,8 +117,9 @@ def track_moe_metrics(
     total_loss_dict: dict[str, Tensor] | None = None,
     per_layer_logging: bool = False,
 ) -> None:
-    """Reduce the table, add each loss's mean over layers times `loss_scale` (1 / microbatches) to `total_loss_dict`, write
-    it to the writers, and clear the table. All ranks must call."""
+    """Reduce the table, add each loss's mean over layers times `loss_scale` (1 / microbatches) to
+    `total_loss_dict`, write it to the writers, and clear the table. All ranks must call.
+    """
     reduce_aux_losses_tracker_across_ranks()
     tracker = parallel_state.get_moe_layer_wise_logging_tracker()
     for name in sorted(tracker, reverse=True):  # z_loss before load_balancing_loss

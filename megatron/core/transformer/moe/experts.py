@@ -41,13 +41,15 @@ class SequentialMLP(MegatronModule):
         self.num_local_experts = num_local_experts
         self.add_bias = config.add_bias_linear
         self.local_experts = torch.nn.ModuleList(
-            MLP(config, submodules, is_expert=True, pg_collection=pg_collection) for _ in range(num_local_experts)
+            MLP(config, submodules, is_expert=True, pg_collection=pg_collection)
+            for _ in range(num_local_experts)
         )
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Rows [n, h] ordered by expert, rows per expert [e/ep] -> rows [n, h] and a bias per row [n, h] or None.
+        """Rows [n, h] ordered by expert, rows per expert [e/ep] -> rows [n, h] and a bias per row [n, h] or
+        None.
 
         An expert without rows is run on none, which gives its weights a zero gradient.
         """
@@ -82,12 +84,15 @@ class SequentialMLP(MegatronModule):
 
 
 class GroupedMLP(MegatronModule):
-    """All local experts' weights in two tensors, `weight1` [h, e*f] and `weight2` [e*f, h] (v0.9's layout, no biases).
+    """All local experts' weights in two tensors, `weight1` [h, e*f] and `weight2` [e*f, h] (v0.9's layout, no
+    biases).
 
     In memory weight1 is [e, h, f] (2f when gated, gate first) and weight2 [e, f, h].
     """
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, *, pg_collection: Any = None) -> None:
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *, pg_collection: Any = None
+    ) -> None:
         super().__init__(config)
         if config.add_bias_linear:
             raise ValueError(
@@ -113,17 +118,19 @@ class GroupedMLP(MegatronModule):
         expert_parallel = config.expert_model_parallel_size > 1
         if config.perform_initialization:
             tracker = get_cuda_rng_tracker()
-            state = tracker.fork(get_expert_parallel_rng_tracker_name()) if expert_parallel else tracker.fork()
+            state = (
+                tracker.fork(get_expert_parallel_rng_tracker_name()) if expert_parallel else tracker.fork()
+            )
             with state:
                 init_method(weight)
         set_tensor_model_parallel_attributes(weight, True, dim, 1)
         weight.allreduce = not expert_parallel  # type: ignore[attr-defined]
         return weight
 
-    def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor
-    ) -> tuple[Tensor, None]:
-        """Rows [n, h] ordered by expert, rows per expert [e/ep] -> rows [n, h]; partial sums where ffn is divided."""
+    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, None]:
+        """Rows [n, h] ordered by expert, rows per expert [e/ep] -> rows [n, h]; partial sums where ffn is
+        divided.
+        """
         experts, width = self.num_local_experts, self.config.hidden_size
         up = self.weight1.view(experts, width, -1)
         down = self.weight2.view(experts, -1, width)
@@ -139,8 +146,9 @@ class GroupedMLP(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The same pieces as SequentialMLP's, so that either reads the other's file: expert by expert, transposed, a gated
-        projection cut into gate and value."""
+        """The same pieces as SequentialMLP's, so that either reads the other's file: expert by expert,
+        transposed, a gated projection cut into gate and value.
+        """
         if self.config.moe_extended_tp:
             raise ValueError(
                 "distributed checkpoints do not support --moe-extended-tp; use --ckpt-format torch"
@@ -152,7 +160,9 @@ class GroupedMLP(MegatronModule):
         replicas = parallel_state.get_data_modulo_expert_parallel_rank(with_context_parallel=True)
         halves = 2 if self.config.gated_linear_unit else 1
 
-        def fc1(key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+        def fc1(
+            key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
             by_expert = t.view(experts, width, -1).transpose(1, 2)  # [e, f, h]
             return [
                 ShardedTensor.from_rank_offsets(
@@ -172,7 +182,9 @@ class GroupedMLP(MegatronModule):
             rows = [torch.cat(parts[i * halves : (i + 1) * halves]) for i in range(experts)]
             return torch.stack(rows).transpose(1, 2).reshape(width, -1)
 
-        def fc2(key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> list[ShardedTensor]:
+        def fc2(
+            key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None
+        ) -> list[ShardedTensor]:
             by_expert = t.view(experts, -1, width).transpose(1, 2)  # [e, h, f]
             return [
                 ShardedTensor.from_rank_offsets(

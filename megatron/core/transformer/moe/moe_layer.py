@@ -85,7 +85,9 @@ class MoELayer(BaseMoELayer):
             )
         else:
             if submodules is None:
-                raise ValueError("experts that run one by one need the spec of their projections (MLPSubmodules)")
+                raise ValueError(
+                    "experts that run one by one need the spec of their projections (MLPSubmodules)"
+                )
             self.experts = SequentialMLP(
                 self.num_local_experts, config, submodules, pg_collection=pg_collection
             )

@@ -41,7 +41,8 @@ DROPPED = torch.iinfo(torch.long).max
 
 
 def sinkhorn(cost: Tensor, tol: float = 0.0001) -> Tensor:
-    """Scale rows and columns of exp(cost) [t, e] alternately until tokens and experts are evenly matched -> fp32 [t, e].
+    """Scale rows and columns of exp(cost) [t, e] alternately until tokens and experts are evenly matched ->
+    fp32 [t, e].
 
     Stops when the column scales change by `tol` or less on average (arXiv:2202.01169).
     """
@@ -77,9 +78,9 @@ def topk_softmax_with_capacity(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [t, e] -> (probabilities, indices, assignments per expert before dropping [e]).
 
-    Without padding probabilities and expert indices are [t, k], dropped ones with probability 0 and index DROPPED. Padded to the
-    capacity c they are [e, c], indices name tokens, and unused slots have probability 0. An overfull expert keeps its most
-    probable tokens ("probs") or its first ("position").
+    Without padding probabilities and expert indices are [t, k], dropped ones with probability 0 and index
+    DROPPED. Padded to the capacity c they are [e, c], indices name tokens, and unused slots have probability
+    0. An overfull expert keeps its most probable tokens ("probs") or its first ("position").
     """
     tokens, experts = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
@@ -89,7 +90,8 @@ def topk_softmax_with_capacity(
     else:
         if topk == 1:
             raise ValueError(
-                "moe_router_topk=1 needs moe_router_pre_softmax (--moe-router-pre-softmax): a softmax over one expert is always 1"
+                "moe_router_topk=1 needs moe_router_pre_softmax (--moe-router-pre-softmax): "
+                "a softmax over one expert is always 1"
             )
         chosen, indices = torch.topk(logits, k=topk, dim=1)
         probs = torch.softmax(chosen, dim=-1, dtype=wide).type_as(logits)
@@ -120,8 +122,8 @@ def permute(
 ) -> tuple[Tensor, Tensor]:
     """Order tokens [t, h] by expert: -> (rows [n, h], where row r came from among the t*k assignments [n]).
 
-    indices [t, k] or [t] name experts. `num_out_tokens` keeps only the first rows: dropped assignments sort last. In padded mode
-    indices [e, c] name tokens.
+    indices [t, k] or [t] name experts. `num_out_tokens` keeps only the first rows: dropped assignments sort
+    last. In padded mode indices [e, c] name tokens.
     """
     if padded_mode:
         return permute_with_padded_tokens(tokens, indices)

@@ -21,6 +21,7 @@ from megatron.core.transformer.moe.moe_utils import (
     z_loss_func,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 
 
 class Router(ABC, MegatronModule):
@@ -28,14 +29,14 @@ class Router(ABC, MegatronModule):
 
     def __init__(self, config: TransformerConfig, *, pg_collection: Any = None) -> None:
         super().__init__(config)
-        self.num_experts = config.num_moe_experts
+        self.num_experts = derived(config.num_moe_experts)
         self.layer_number: int | None = None
         self.groups = parallel_state.resolve(pg_collection)
-        weight = torch.empty((config.num_moe_experts, config.hidden_size), dtype=torch.float32)
+        weight = torch.empty((self.num_experts, config.hidden_size), dtype=torch.float32)
         if config.perform_initialization:
             # All tensor and expert parallel ranks must draw the same router.
             with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
-                config.init_method(weight)
+                derived(config.init_method)(weight)
         self.weight = torch.nn.Parameter(weight.to(config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -70,7 +71,9 @@ class TopKRouter(Router):
         self.routing_type = config.moe_router_load_balancing_type
 
     def sinkhorn_load_balancing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """logits [t, e] -> scores, indices [t, k]: assigned evenly in training, by the largest score otherwise."""
+        """logits [t, e] -> scores, indices [t, k]: assigned evenly in training, by the largest score
+        otherwise.
+        """
         if self.config.moe_aux_loss_coeff:
             raise ValueError(
                 "sinkhorn balances by itself: leave moe_aux_loss_coeff at 0 (--moe-aux-loss-coeff) or choose aux_loss"
@@ -82,7 +85,7 @@ class TopKRouter(Router):
             return _softmax(logits).type_as(logits)
 
         if not self.training:
-            return torch.topk(scores_of(logits), k=self.topk, dim=1)  # type: ignore[return-value]
+            return torch.topk(scores_of(logits), k=self.topk, dim=1)
         with torch.no_grad():
             indices = torch.topk(sinkhorn(logits.float()), k=self.topk, dim=1).indices
         return scores_of(logits).gather(1, indices), indices
@@ -117,7 +120,11 @@ class TopKRouter(Router):
             probs, num_local_tokens_per_expert, self.topk, coefficient, sequence_partition_group=group
         )
         save_to_aux_losses_tracker(
-            "load_balancing_loss", loss / coefficient, self.layer_number, self.config.num_layers, reduce_group=group
+            "load_balancing_loss",
+            loss / coefficient,
+            self.layer_number,
+            self.config.num_layers,
+            reduce_group=group,
         )
         return MoEAuxLossAutoScaler.apply(activation, loss)
 

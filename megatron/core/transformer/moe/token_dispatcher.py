@@ -9,18 +9,20 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.process_groups_config import group_size
 from megatron.core.tensor_parallel.mappings import gather_first_dim
 from megatron.core.transformer.moe.moe_utils import DROPPED
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 
 
 def assignments(
     probs: Tensor, indices: Tensor, padded: bool, num_experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A router's result as a list ordered by expert: (token [n], probability [n], assignments per expert [e]).
+    """A router's result as a list ordered by expert: (token [n], probability [n], assignments per expert
+    [e]).
 
-    probs and indices are [t, k] naming experts (dropped ones left out of the list), or padded [e, c] naming tokens.
+    probs and indices are [t, k] naming experts (dropped ones left out of the list), or padded [e, c] naming
+    tokens.
     """
     if padded:
         experts, capacity = indices.shape
@@ -43,12 +45,15 @@ class MoETokenDispatcher(ABC):
 
     @abstractmethod
     def token_permutation(self, tokens: Tensor, probs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [s/sp, b, h] and the router's result -> (rows [n, h] of this rank's experts, in order; rows per local
-        expert [e/ep])."""
+        """tokens [s/sp, b, h] and the router's result -> (rows [n, h] of this rank's experts, in order;
+        rows per local expert [e/ep]).
+        """
 
     @abstractmethod
     def token_unpermutation(self, expert_output: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
-        """Rows [n, h] (and a bias per row) -> [s/sp, b, h], each token the weighted sum of its experts' results."""
+        """Rows [n, h] (and a bias per row) -> [s/sp, b, h], each token the weighted sum of its experts'
+        results.
+        """
 
     def _with_bias(self, rows: Tensor, bias: Tensor | None, summed_over_tp: bool) -> Tensor:
         """Add the experts' biases; where results of tensor parallel ranks are summed, each adds its share."""
@@ -83,9 +88,10 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher):
         if self.gathers:
             group = self.groups.tp_ep
             tokens = tensor_parallel.gather_from_sequence_parallel_region_to_moe(tokens, group=group)
-            token_of = gather_first_dim(max_ind, group) if group_size(group) > 1 else max_ind
+            if group is not None and group.size() > 1:
+                token_of = gather_first_dim(max_ind, group)
             prob_of = tensor_parallel.gather_from_sequence_parallel_region_to_moe(max_prob, group=group)
-        experts = self.config.num_moe_experts
+        experts = derived(self.config.num_moe_experts)
         token_of, prob_of, counts = assignments(prob_of, token_of, False, experts)
         start = int(counts[: self.first_expert].sum())
         counts = counts[self.first_expert : self.first_expert + self.num_local_experts]
@@ -123,16 +129,17 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
         self.ep, self.tp = self.groups.size("ep"), self.groups.size("tp") if config.sequence_parallel else 1
 
     def preprocess(self, counts: Tensor) -> Tensor:
-        """Exchange counts: assignments per expert here [e] -> rows per (tensor rank, expert rank, local expert) that arrive
-        here [tp, ep, e/ep]. All ranks of the tensor x expert group must call."""
+        """Exchange counts: assignments per expert here [e] -> rows per (tensor rank, expert rank, local
+        expert) that arrive here [tp, ep, e/ep]. All ranks of the tensor x expert group must call.
+        """
         local = self.num_local_experts
         to_rank = counts.view(self.ep, local)
         self.input_splits = to_rank.sum(1).tolist()
         everywhere = counts.view(1, -1)
         if self.ep > 1:
-            everywhere = gather_first_dim(everywhere, self.groups.ep)
+            everywhere = gather_first_dim(everywhere, derived(self.groups.ep))
         if self.tp > 1:
-            everywhere = gather_first_dim(everywhere, self.groups.tp)
+            everywhere = gather_first_dim(everywhere, derived(self.groups.tp))
         arriving = everywhere.view(self.tp, self.ep, -1)[..., self.first_expert : self.first_expert + local]
         tp_rank = self.groups.rank("tp") if self.tp > 1 else 0
         self.output_splits = arriving[tp_rank].sum(1).tolist()
@@ -147,9 +154,7 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
         tokens = hidden_states.reshape(-1, hidden_states.size(-1))
         self.tokens_shape = tokens.shape
         padded = self.config.moe_pad_expert_input_to_capacity
-        self.token_of, self.prob_of, counts = assignments(
-            probs, indices, padded, self.config.num_moe_experts
-        )
+        self.token_of, self.prob_of, counts = assignments(probs, indices, padded, self.config.num_moe_experts)
         arriving = self.preprocess(counts)
         rows = tokens.index_select(0, self.token_of)
         rows = tensor_parallel.all_to_all(self.groups.ep, rows, self.output_splits, self.input_splits)

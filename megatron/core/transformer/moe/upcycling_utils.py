@@ -16,16 +16,14 @@ def upcycle_state_dict(
 ) -> dict[str, dict[str, Tensor]]:
     """State dicts for the MoE model's chunks, {"model": ..} or {"model0": .., "model1": ..}.
 
-    What both models have is taken from the dense one, experts from its MLP (arXiv:2212.05055); routers keep their own initial
-    weights. ValueError for a weight that neither gives.
+    What both models have is taken from the dense one, experts from its MLP (arXiv:2212.05055); routers keep
+    their own initial weights. ValueError for a weight that neither gives.
     """
     result = {}
     for index, (moe, dense) in enumerate(zip(moe_model, dense_model)):
         key = "model" if len(moe_model) == 1 else f"model{index}"
         source = dense.state_dict()
-        result[key] = {
-            name: _upcycled(name, value, source) for name, value in moe.state_dict().items()
-        }
+        result[key] = {name: _upcycled(name, value, source) for name, value in moe.state_dict().items()}
     return result
 
 
@@ -42,7 +40,9 @@ def _upcycled(name: str, value: Any, dense: dict[str, Any]) -> Any:
             transposed = dense[f"{name.removesuffix(own)}.mlp.{part}.weight"].t()
             experts = value.numel() // transposed.numel()
             return transposed.expand(experts, -1, -1).reshape(value.shape)
-    raise ValueError(f"{name}: the dense model has no weight to start it from; the two models differ in more than their MLPs")
+    raise ValueError(
+        f"{name}: the dense model has no weight to start it from; the two models differ in more than their MLPs"
+    )
 
 
 def load_and_upcycle_model(
@@ -53,7 +53,9 @@ def load_and_upcycle_model(
     load_args: Sequence[Any] = (),
     load_kwargs: dict[str, Any] | None = None,
 ) -> tuple[int, float]:
-    """Load the dense checkpoint (by the given function) and its weights into the MoE model -> what the function returned."""
+    """Load the dense checkpoint (by the given function) and its weights into the MoE model -> what the
+    function returned.
+    """
     iteration, flops = load_dense_ckpt_func(*load_args, **(load_kwargs or {}))
     states = upcycle_state_dict(moe_model, dense_model)
     for chunk, state in zip(moe_model, states.values()):

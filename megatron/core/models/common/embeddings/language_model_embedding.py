@@ -10,12 +10,15 @@ from torch import Tensor
 from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 
 PositionEmbeddingType = Literal["learned_absolute", "rope", "none"]
 
 
 class LanguageModelEmbedding(MegatronModule):
-    """Sum of the embeddings a model asks for; the word embedding is cut over tensor parallel ranks by vocabulary."""
+    """Sum of the embeddings a model asks for; the word embedding is cut over tensor parallel ranks by
+    vocabulary.
+    """
 
     def __init__(
         self,
@@ -32,30 +35,31 @@ class LanguageModelEmbedding(MegatronModule):
         self.max_sequence_length = max_sequence_length
         self.add_position_embedding = position_embedding_type == "learned_absolute"
         self.num_tokentypes = num_tokentypes
-        # With nothing else to add, the sum over vocabulary parts can leave every rank its own part of the sequence.
+        # With nothing else to add, the sum over vocabulary parts can leave every rank its own part of the
+        # sequence.
         self.reduce_scatter_embeddings = (
             config.sequence_parallel and not self.add_position_embedding and num_tokentypes <= 0
         )
         self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
             num_embeddings=vocab_size,
             embedding_dim=config.hidden_size,
-            init_method=config.init_method,
+            init_method=derived(config.init_method),
             reduce_scatter_embeddings=self.reduce_scatter_embeddings,
             config=config,
             pg_collection=pg_collection,
         )
         if self.add_position_embedding:
             self.position_embeddings = self._replicated_embedding(max_sequence_length)
-        self.tokentype_embeddings = (
-            self._replicated_embedding(num_tokentypes) if num_tokentypes > 0 else None
-        )
+        self.tokentype_embeddings = self._replicated_embedding(num_tokentypes) if num_tokentypes > 0 else None
         self.embedding_dropout = torch.nn.Dropout(config.hidden_dropout)
 
     def _replicated_embedding(self, rows: int) -> torch.nn.Embedding:
-        """A table [rows, h] kept whole on every rank, drawn from the default generator (after torch's own draw)."""
+        """A table [rows, h] kept whole on every rank, drawn from the default generator (after torch's own
+        draw).
+        """
         table = torch.nn.Embedding(rows, self.config.hidden_size)
         if self.config.perform_initialization:
-            self.config.init_method(table.weight)
+            derived(self.config.init_method)(table.weight)
         return table
 
     def zero_parameters(self) -> None:
@@ -68,11 +72,9 @@ class LanguageModelEmbedding(MegatronModule):
         for table in tables:
             if table is not None:
                 table.weight.data.fill_(0)
-                table.weight.shared = True
+                table.weight.shared = True  # type: ignore[union-attr]
 
-    def forward(
-        self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: Tensor | None = None) -> Tensor:
         """input_ids, position_ids, tokentype_ids [b, s] -> [s/sp, b, h] (fp32 with an fp32 residual stream)."""
         if (tokentype_ids is None) != (self.tokentype_embeddings is None):
             raise ValueError(

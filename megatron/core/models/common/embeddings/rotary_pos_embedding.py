@@ -28,8 +28,8 @@ __all__ = [
 class FrequencyScaling:
     """Stretch slow rotations for longer contexts, as Llama 3.1 does (arXiv:2407.21783, section 3.4.2).
 
-    Wavelengths beyond original_length / low are slowed by `factor`, those below original_length / high are kept, and those
-    between blend. Lengths in tokens.
+    Wavelengths beyond original_length / low are slowed by `factor`, those below original_length / high are
+    kept, and those between blend. Lengths in tokens.
     """
 
     factor: float = 8.0
@@ -56,10 +56,11 @@ def get_pos_emb_on_this_cp_rank(pos_emb: Tensor, seq_dim: int, pg_collection: An
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles position * base^(-2i/d) for the first `rotary_percent` of each head (Su et al., arXiv:2104.09864).
+    """Angles position * base^(-2i/d) for the first `rotary_percent` of each head (Su et al.,
+    arXiv:2104.09864).
 
-    `seq_len_interpolation_factor` divides positions (linear interpolation, arXiv:2306.15595); `rope_scaling` changes
-    frequencies. Nothing is stored in checkpoints.
+    `seq_len_interpolation_factor` divides positions (linear interpolation, arXiv:2306.15595); `rope_scaling`
+    changes frequencies. Nothing is stored in checkpoints.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class RotaryEmbedding(nn.Module):
         self.pg_collection = pg_collection
         where = torch.device("cpu") if use_cpu_initialization else device.current()
         exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=where) / dim
-        # A plain attribute, not a buffer: converting the model to half precision must not round the frequencies.
+        # A plain attribute, not a buffer: converting the model to half precision must not round the
+        # frequencies.
         self.inv_freq = 1.0 / (rotary_base**exponent)
         if rope_scaling is not None:
             self.inv_freq = rope_scaling.apply(self.inv_freq)
@@ -96,7 +98,8 @@ class RotaryEmbedding(nn.Module):
     def forward(self, max_seq_len: int, offset: int = 0) -> Tensor:
         """fp32 angles [max_seq_len, 1, 1, d] of positions offset .. offset + max_seq_len - 1.
 
-        Both members of a pair carry the same angle. With context parallelism only this rank's max_seq_len / cp rows.
+        Both members of a pair carry the same angle. With context parallelism only this rank's max_seq_len /
+        cp rows.
         """
         if self._table is not None and self._table[:2] == (max_seq_len, offset):
             return self._table[2]
@@ -117,7 +120,9 @@ class RotaryEmbedding(nn.Module):
             self._table = (max_seq_len, offset, table)
         return table
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Old checkpoints stored the frequencies; they are computed, so the key is dropped."""
         state_dict.pop(f"{prefix}inv_freq", None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -129,13 +134,17 @@ class RotaryEmbedding(nn.Module):
         transformer_input: Tensor | None,
         transformer_config: TransformerConfig,
     ) -> int:
-        """How many positions the table must cover for this input [s/sp/cp, b, h]: the whole sequence, or the cache."""
+        """How many positions the table must cover for this input [s/sp/cp, b, h]: the whole sequence, or
+        the cache.
+        """
         if inference_params is not None:
             return inference_params.max_sequence_length
         received = getattr(transformer, "input_tensor", None)
         sequence = transformer_input if received is None else received
         if sequence is None:
-            raise ValueError("the stage has neither an input nor an input tensor to take the sequence length from")
+            raise ValueError(
+                "the stage has neither an input nor an input tensor to take the sequence length from"
+            )
         length = sequence.size(0)
         if transformer_config.sequence_parallel:
             length *= transformer_config.tensor_model_parallel_size

@@ -13,6 +13,7 @@ from megatron.core.kernels import registry
 from megatron.core.tensor_parallel.placement import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 
 
 class LanguageModule(MegatronModule):
@@ -50,9 +51,10 @@ class LanguageModule(MegatronModule):
     def setup_embeddings_and_output_layer(self) -> None:
         """Mark embedding and output weights and, across stages, make the copies of a tied weight equal.
 
-        The first stage owns the tied weight. Every other stage that holds a copy (the last; for encoder-decoder models also
-        the first decoder stage) starts it at zero, and one sum over the embedding group (all its ranks must call) gives all
-        the owner's values. Copies are marked `shared`, so that norms count the weight once.
+        The first stage owns the tied weight. Every other stage that holds a copy (the last; for
+        encoder-decoder models also the first decoder stage) starts it at zero, and one sum over the embedding
+        group (all its ranks must call) gives all the owner's values. Copies are marked `shared`, so that
+        norms count the weight once.
         """
         if self.pre_process:
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
@@ -69,12 +71,12 @@ class LanguageModule(MegatronModule):
             return
         if stages == 1:
             # Two layers of this stage add to one gradient: a fused wgrad kernel must not overwrite it.
-            weight.zero_out_wgrad = True
+            weight.zero_out_wgrad = True  # type: ignore[attr-defined]
             return
-        weight.shared_embedding = True
+        weight.shared_embedding = True  # type: ignore[attr-defined]
         if groups.rank("pp") > 0:
             weight.data.zero_()
-            weight.shared = True
+            weight.shared = True  # type: ignore[attr-defined]
         if torch.distributed.is_initialized() and parallel_state.is_rank_in_embedding_group():
             torch.distributed.all_reduce(weight.data, group=groups.embd)
 
@@ -101,7 +103,9 @@ class LanguageModule(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As every module's; output weight and bias may be padded differently in the file, like the vocabulary."""
+        """As every module's; output weight and bias may be padded differently in the file, like the
+        vocabulary.
+        """
         if sharded_offsets:
             raise ValueError("a whole model has no stacked axes; sharded_offsets must be empty")
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -122,7 +126,9 @@ class LanguageModule(MegatronModule):
         output_layer_weight_key: str,
         first_stage_word_emb_key: str,
     ) -> None:
-        """Describe the last stage's copy of a tied weight as a replica of the first stage's: never written, read from it."""
+        """Describe the last stage's copy of a tied weight as a replica of the first stage's: never
+        written, read from it.
+        """
         if not self.post_process or self.pre_process:
             if output_layer_weight_key in sharded_state_dict:
                 raise ValueError(f"{output_layer_weight_key} exists beside the embedding it is tied to")
@@ -130,7 +136,7 @@ class LanguageModule(MegatronModule):
         del sharded_state_dict[output_layer_weight_key]
         replica = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
         sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
-            tensor=self.shared_embedding_or_output_weight(),
+            tensor=derived(self.shared_embedding_or_output_weight()),
             key=first_stage_word_emb_key,
             replica_id=replica,
             allow_shape_mismatch=True,
