@@ -178,10 +178,10 @@ def main() -> None:
                     *flags(folder / name),
                 )
                 rate = text_bytes / MIB / seconds
-                ratio = rate / V09_MIB_PER_SECOND[name]
-                target = f" (target {TARGET_RATIO[name]}x)" if workers == 1 else ""
+                reference, target = V09_MIB_PER_SECOND[name], TARGET_RATIO[name]
                 print(
-                    f"{name:13} {workers} worker(s): {rate:7.1f} MiB/s = {ratio:5.1f}x v0.9's {V09_MIB_PER_SECOND[name]}{target}",
+                    f"{name:13} {workers} worker(s): {rate:7.1f} MiB/s = {rate / reference:5.1f}x v0.9's {reference} "
+                    f"(wanted with one worker: {target}x)",
                     flush=True,
                 )
             rate = hf_rate(build(folder / name), corpus)
