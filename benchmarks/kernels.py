@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Time every implementation of every operation, forward and backward, beside its eager reference in one run.
 
-    python benchmarks/kernels.py                       # this machine's device; CPU shapes: s=256 b=4 h=320 v=8192
-    python benchmarks/kernels.py --dtype bfloat16 --only core_attention
+    python benchmarks/kernels.py                       # this machine's device; CPU shapes: s=256 b=4 h=320
+    v=8192 python benchmarks/kernels.py --dtype bfloat16 --only core_attention
 
-Prints milliseconds and the ratio eager / implementation (above 1: faster than the reference). On a GPU also the bytes that
-must move (inputs and outputs once) over the time, as a share of a device-to-device copy measured in the same run. On the CPU
-the time is the processor time of this process, which other programs disturb least.
+Prints milliseconds and the ratio eager / implementation (above 1: faster than the reference). On a GPU also
+the bytes that must move (inputs and outputs once) over the time, as a share of a device-to-device copy
+measured in the same run. On the CPU the time is the processor time of this process, which other programs
+disturb least.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.core import device  # noqa: E402
-from megatron.core.fusions import (  # noqa: E402
+from megatron.core import device
+from megatron.core.fusions import (
     core_attention,
     embedding_grad,
     fused_bias_dropout,
@@ -42,9 +43,9 @@ from megatron.core.fusions import (  # noqa: E402
     grad_accumulation,
     linear_cross_entropy,
 )
-from megatron.core.fusions.core_attention import AttentionSpec  # noqa: E402
-from megatron.core.kernels import capability, registry  # noqa: E402
-from megatron.core.kernels.registry import Spec  # noqa: E402
+from megatron.core.fusions.core_attention import AttentionSpec
+from megatron.core.kernels import capability, registry
+from megatron.core.kernels.registry import Spec
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ class Row:
 
 @dataclass
 class Case:
-    """An operation on concrete inputs: `eager` and every implementation are called by `call(implementation)`."""
+    """An operation on concrete inputs: `eager` and every implementation are called by
+    `call(implementation)`.
+    """
 
     op: str
     label: str
@@ -179,13 +182,17 @@ def copy_bandwidth() -> float:
 
 
 def must_move(case: Case) -> int:
-    """Bytes of one forward and backward pass: inputs and output gradient read, output and input gradients written."""
+    """Bytes of one forward and backward pass: inputs and output gradient read, output and input gradients
+    written.
+    """
     inputs = sum(leaf.nbytes for leaf in case.leaves)
     return 3 * inputs + 2 * case.leaves[0].nbytes if case.leaves else 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="data types")
     parser.add_argument("--only", default="", help="operations whose name contains this")
     parser.add_argument("--repeats", type=int, default=15, help="timed repetitions")
@@ -209,9 +216,13 @@ def main() -> int:
                     continue
                 spent = milliseconds(once(case, entry.load()), where, options.repeats)
                 share = must_move(case) / spent / ceiling if ceiling else None
-                rows.append(Row(f"{case.op} {case.label} {dtype}", entry.name, spent, reference / spent, share))
+                rows.append(
+                    Row(f"{case.op} {case.label} {dtype}", entry.name, spent, reference / spent, share)
+                )
                 note = f"  {100 * share:4.0f} % of copy bandwidth" if share is not None else ""
-                print(f"  {'':32} {entry.name:15} {spent:9.3f} ms  {reference / spent:5.2f}x{note}", flush=True)
+                print(
+                    f"  {'':32} {entry.name:15} {spent:9.3f} ms  {reference / spent:5.2f}x{note}", flush=True
+                )
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 0

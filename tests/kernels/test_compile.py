@@ -20,7 +20,9 @@ def assert_within_limits(launches: dict[compile_kernels.Launch, None], capabilit
     assert launches
     for launch in launches:
         cost = compile_kernels.compile_for(launch, capability)
-        assert cost.stack_bytes == 0, f"sm_{capability} {launch.label()} spills {cost.stack_bytes} bytes"
+        assert cost.stack_bytes <= compile_kernels.STACK_LIMIT, (
+            f"sm_{capability} {launch.label()} spills {cost.stack_bytes} bytes"
+        )
         assert cost.shared_bytes <= compile_kernels.SHARED_LIMIT[capability], launch.label()
         if launch.name in ("attention_forward", "attention_query_grad", "attention_key_grad"):
             halves = dict(launch.types)["q"] in ("*bf16", "*fp16")

@@ -41,7 +41,9 @@ def test_every_ready_attention(case: AttentionCase, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("op", "name", "check"), triton_suite.OPERATIONS, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("op", "name", "check"), triton_suite.OPERATIONS, ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_triton_operation(op: str, name: str, check: Any, dtype: torch.dtype) -> None:
     triton_suite.test_operation(op, name, check, dtype)
 

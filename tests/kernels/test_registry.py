@@ -29,12 +29,20 @@ def test_preference_follows_the_machine() -> None:
     assert preferred("core_attention", AttentionSpec(), LAPTOP) == "blocked"
     assert preferred("core_attention", BF16, H100) == "flash_attn"
     assert preferred("core_attention", AttentionSpec("cuda", torch.float32), H100) == "sdpa"
-    assert preferred("core_attention", AttentionSpec("cuda", torch.bfloat16, packed=True), V100) == "matmul_softmax"
+    assert (
+        preferred("core_attention", AttentionSpec("cuda", torch.bfloat16, packed=True), V100)
+        == "matmul_softmax"
+    )
     without_flash = Capabilities((9, 0), "H100", "2.13.0", {"triton": "3.9.0"})
-    assert preferred("core_attention", AttentionSpec("cuda", torch.bfloat16, packed=True), without_flash) == "triton"
+    assert (
+        preferred("core_attention", AttentionSpec("cuda", torch.bfloat16, packed=True), without_flash)
+        == "triton"
+    )
     assert preferred("rms_norm", Spec("cuda", torch.bfloat16), H100) == "triton"
     assert preferred("rms_norm", Spec("cuda", torch.float64), H100) == "torch"
-    assert preferred("rms_norm", Spec("cpu", torch.float32), H100) == "torch", "the run uses the CPU of a GPU machine"
+    assert preferred("rms_norm", Spec("cpu", torch.float32), H100) == "torch", (
+        "the run uses the CPU of a GPU machine"
+    )
     assert preferred("adam", Spec("cuda"), H100) == "torch"
 
 
@@ -79,7 +87,9 @@ def test_a_met_demand_overrides_rank_and_allow_limits_preference() -> None:
     assert eager.__name__ == "matmul_softmax"
     assert registry.report()[-1].demanded
     assert registry.select("core_attention", AttentionSpec(head_dim=8), allow=("sdpa",)).__name__ == "sdpa"
-    with pytest.raises(ValueError, match="no implementation of core_attention.*flash_attn: needs a CUDA device"):
+    with pytest.raises(
+        ValueError, match="no implementation of core_attention.*flash_attn: needs a CUDA device"
+    ):
         registry.select("core_attention", AttentionSpec(), allow=("flash_attn",))
     with pytest.raises(ValueError, match="unknown operation 'atention'"):
         registry.select("atention", Spec())
@@ -110,7 +120,9 @@ def test_names_are_registered_once_and_versions_compare_as_numbers() -> None:
     with pytest.raises(ValueError, match="rms_norm/torch is registered twice"):
         registry.entries("rms_norm") and registry.register("rms_norm", "torch", rank=1)(lambda: max)
     assert version_tuple("2.13.0+cpu") == (2, 13, 0) > version_tuple("2.9rc1") == (2, 9)
-    assert Needs(packages={"x": "2.10"}).missing(Capabilities(packages={"x": "2.9"})) == ["needs x>=2.10, 2.9 is installed"]
+    assert Needs(packages={"x": "2.10"}).missing(Capabilities(packages={"x": "2.9"})) == [
+        "needs x>=2.10, 2.9 is installed"
+    ]
     assert probe() is probe()
 
 

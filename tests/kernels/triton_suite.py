@@ -1,6 +1,8 @@
-"""All suites on the Triton kernels; collected by `test_triton_interpreter` (in a process of its own) and by `test_gpu`.
+"""All suites on the Triton kernels; collected by `test_triton_interpreter` (in a process of its own) and by
+`test_gpu`.
 
-The interpreter computes with numpy, which has no bfloat16: matrix products of attention are checked in fp16 there.
+The interpreter computes with numpy, which has no bfloat16: matrix products of attention are checked in fp16
+there.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def geglu_back(g: Tensor, y: Tensor) -> Tensor:
     grad = torch.empty_like(y)
     grad_gate, grad_up = torch.chunk(grad, 2, -1)
     torch.mul(g, F.gelu(gate, approximate="tanh"), out=grad_up)
-    grad_gate.copy_(torch.ops.aten.gelu_backward(g * up, gate, approximate="tanh"))
+    torch.ops.aten.gelu_backward.grad_input(g * up, gate, approximate="tanh", grad_input=grad_gate)
     return grad
 
 

@@ -37,8 +37,9 @@ def bias_gelu_back(g: Tensor, bias: Tensor, y: Tensor) -> Tensor:
 class GeLUFunction(torch.autograd.Function):
     """`bias_gelu` with few and cheap passes over memory.
 
-    In fp32 tanh is what costs: (1 + tanh u) / 2 = sigmoid(2u) takes a seventh of its time on a CPU and is kept for the backward
-    pass. In half precision the steps in between would be rounded, so torch's fused gelu computes inside registers.
+    In fp32 tanh is what costs: (1 + tanh u) / 2 = sigmoid(2u) takes a seventh of its time on a CPU and is
+    kept for the backward pass. In half precision the steps in between would be rounded, so torch's fused
+    gelu computes inside registers.
     """
 
     @staticmethod

@@ -22,13 +22,13 @@ def bias_swiglu(y: Tensor, bias: Tensor) -> Tensor:
     return swiglu(y + bias)
 
 
-def swiglu_back(g: Tensor, y: Tensor) -> Tensor:
-    """Gradient of `swiglu`: g [..., f], y [..., 2f] -> [..., 2f]."""
+def swiglu_back(g: Tensor, y: Tensor, activated: Tensor | None = None) -> Tensor:
+    """Gradient of `swiglu`: g [..., f], y [..., 2f], silu(gate) [..., f] if at hand -> [..., 2f]."""
     gate, up = torch.chunk(y, 2, -1)
     grad = torch.empty_like(y)
     grad_gate, grad_up = torch.chunk(grad, 2, -1)
-    torch.mul(g, F.silu(gate), out=grad_up)
-    grad_gate.copy_(torch.ops.aten.silu_backward(g * up, gate))
+    torch.mul(g, F.silu(gate) if activated is None else activated, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(g * up, gate, grad_input=grad_gate)
     return grad
 
 
@@ -37,43 +37,48 @@ def bias_swiglu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return swiglu_back(g, y + bias)
 
 
-def _stored(input: Tensor, fp8_input_store: bool) -> Tensor:
-    return input.to(torch.float8_e4m3fn) if fp8_input_store else input
+class SwiGLUFunction(torch.autograd.Function):
+    """`swiglu` saving its input, optionally in fp8; on a CPU, where time is scarcer than memory, also silu(gate)."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, fp8_input_store: bool) -> Tensor:
+        """input [..., 2f] -> [..., f]."""
+        gate, up = torch.chunk(input, 2, -1)
+        activated = F.silu(gate)
+        kept = activated if input.device.type == "cpu" and not fp8_input_store else None
+        ctx.save_for_backward(input.to(torch.float8_e4m3fn) if fp8_input_store else input, kept)
+        ctx.dtype = input.dtype
+        return activated * up
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        """grad_output [..., f] -> gradient of input [..., 2f]."""
+        input, activated = ctx.saved_tensors
+        return swiglu_back(grad_output, input.to(ctx.dtype), activated), None
 
 
 class BiasSwiGLUFunction(torch.autograd.Function):
-    """`bias_swiglu` saving only its inputs, the first one optionally in fp8."""
+    """`bias_swiglu`: the same of the biased input."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor, fp8_input_store: bool) -> Tensor:
         """input [..., 2f], bias [2f] -> [..., f]."""
-        ctx.save_for_backward(_stored(input, fp8_input_store), bias)
-        ctx.dtype = input.dtype
+        if not fp8_input_store:
+            ctx.has_bias = False
+            return SwiGLUFunction.forward(ctx, input + bias, False)
+        ctx.save_for_backward(input.to(torch.float8_e4m3fn), bias)
+        ctx.dtype, ctx.has_bias = input.dtype, True
         return bias_swiglu(input, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         """grad_output [..., f] -> gradients of input [..., 2f] and bias [2f]."""
-        input, bias = ctx.saved_tensors
-        grad = bias_swiglu_back(grad_output, input.to(ctx.dtype), bias)
+        if ctx.has_bias:
+            input, bias = ctx.saved_tensors
+            grad = bias_swiglu_back(grad_output, input.to(ctx.dtype), bias)
+        else:
+            grad, _ = SwiGLUFunction.backward(ctx, grad_output)
         return grad, grad.reshape(-1, grad.shape[-1]).sum(0), None
-
-
-class SwiGLUFunction(torch.autograd.Function):
-    """`swiglu` saving only its input, optionally in fp8."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, fp8_input_store: bool) -> Tensor:
-        """input [..., 2f] -> [..., f]."""
-        ctx.save_for_backward(_stored(input, fp8_input_store))
-        ctx.dtype = input.dtype
-        return swiglu(input)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        """grad_output [..., f] -> gradient of input [..., 2f]."""
-        (input,) = ctx.saved_tensors
-        return swiglu_back(grad_output, input.to(ctx.dtype)), None
 
 
 def bias_swiglu_impl(input: Tensor, bias: Tensor | None, fp8_input_store: bool = False) -> Tensor:

@@ -1,8 +1,8 @@
 """Cross entropy over a vocabulary divided among ranks, in one pass and without fp32 copies of the logits.
 
-With z the logits of one token, the loss is log(sum exp z) - z[target]. Each rank holds a slice of z; two small
-all-reduces (maximum, then sum and target logit together) join them. The gradient is softmax(z) - onehot(target).
-The eager reference is v0.9's arithmetic: everything in fp32.
+With z the logits of one token, the loss is log(sum exp z) - z[target]. Each rank holds a slice of z; two
+small all-reduces (maximum, then sum and target logit together) join them. The gradient is softmax(z) -
+onehot(target). The eager reference is v0.9's arithmetic: everything in fp32.
 """
 
 from __future__ import annotations
@@ -100,11 +100,15 @@ def vocab_cross_entropy_eager(
     return loss if spread == 0.0 else loss - spread * log_probs.mean(-1)
 
 
-_CHUNK_ELEMENTS = 1 << 18  # rows are taken so many elements at a time: about 1 MB of fp32, which stays in a core's cache
+_CHUNK_ELEMENTS = (
+    1 << 18
+)  # rows are taken so many elements at a time: about 1 MB of fp32, which stays in a core's cache
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Blocks of rows that fit a cache; one block on an accelerator, where a launch costs more than a pass over memory."""
+    """Blocks of rows that fit a cache; one block on an accelerator, where a launch costs more than a pass
+    over memory.
+    """
     rows, width = logits.shape
     step = max(1, _CHUNK_ELEMENTS // max(width, 1)) if logits.device.type == "cpu" else max(rows, 1)
     for first in range(0, rows, step):
@@ -114,7 +118,8 @@ def _chunks(logits: Tensor) -> Iterator[slice]:
 def _statistics(
     logits: Tensor, exponentials: Tensor | None, local: Tensor, outside: Tensor, with_sum: bool
 ) -> tuple[Tensor, Tensor]:
-    """logits [t, v/tp], local target [t] -> (maximum [t], rows (sum of exp, target logit, sum of logits) [2 or 3, t]).
+    """logits [t, v/tp], local target [t] -> (maximum [t], rows (sum of exp, target logit, sum of logits) [2
+    or 3, t]).
 
     exp(logits - maximum) is left in `exponentials` (may be `logits`) if given.
     """
@@ -128,15 +133,18 @@ def _statistics(
         torch.amax(block, dim=-1, out=peak[rows])
         if with_sum:
             torch.sum(block, dim=-1, out=sums[2, rows])
-        shifted = block if exponentials is None else exponentials[rows]  # without a buffer `block` is a copy of our own
+        shifted = (
+            block if exponentials is None else exponentials[rows]
+        )  # without a buffer `block` is a copy of our own
         torch.sub(block, peak[rows].unsqueeze(1), out=shifted)
         torch.sum(shifted.exp_(), dim=-1, out=sums[0, rows])
     return peak, sums
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    """Wide logits: their exponentials are kept and become the gradient. Half-precision logits: they are kept themselves and the
-    probabilities recomputed in fp32, because a probability near 1 rounded to half precision would lose its gradient.
+    """Wide logits: their exponentials are kept and become the gradient. Half-precision logits: they are
+    kept themselves and the probabilities recomputed in fp32, because a probability near 1 rounded to half
+    precision would lose its gradient.
     """
 
     @staticmethod
@@ -184,7 +192,13 @@ class _VocabCrossEntropy(torch.autograd.Function):
             if ctx.wide:
                 block = grad[rows].mul_(factor[rows].unsqueeze(1))
             else:
-                block = kept[rows].to(lse.dtype).sub_(lse[rows].unsqueeze(1)).exp_().mul_(factor[rows].unsqueeze(1))
+                block = (
+                    kept[rows]
+                    .to(lse.dtype)
+                    .sub_(lse[rows].unsqueeze(1))
+                    .exp_()
+                    .mul_(factor[rows].unsqueeze(1))
+                )
             if ctx.share:
                 block.sub_(weight[rows].unsqueeze(1), alpha=ctx.share)
             block.scatter_add_(1, local[rows].unsqueeze(1), at_target[rows].unsqueeze(1))

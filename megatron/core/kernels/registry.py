@@ -32,6 +32,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
         _FUSIONS + "flex_attention",
         _TRITON,
         "megatron.core.extensions.flash_attention",
+        "megatron.core.context_parallel.ring",
     ),
     "masked_softmax": (_FUSIONS + "fused_softmax", _TRITON),
     "layer_norm": (_FUSIONS + "fused_layer_norm", _TRITON),

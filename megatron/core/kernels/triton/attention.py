@@ -8,6 +8,9 @@ them. Keys and values of grouped queries are never repeated. Dropout masks are d
 pass from the same seed.
 """
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 import functools
@@ -114,7 +117,9 @@ def forward_tiles(
         fade = tl.exp2(peak - safe)
         total = total * fade + tl.sum(weight, 1)
         if DROP:
-            weight = tl.where(survivors(seed, head, rows[:, None], cols[None, :], sk, prob), weight / (1.0 - prob), 0.0)
+            weight = tl.where(
+                survivors(seed, head, rows[:, None], cols[None, :], sk, prob), weight / (1.0 - prob), 0.0
+            )
         values = tl.load(v + cols.to(tl.int64)[:, None] * v_s + dims[None, :], mask=there, other=0.0)
         acc = tl.dot(weight.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         peak = higher
@@ -220,7 +225,9 @@ def query_grad_tiles(
         values = tl.load(v + cols.to(tl.int64)[:, None] * v_s + dims[None, :], mask=there, other=0.0)
         upstream = tl.dot(grad, tl.trans(values), input_precision=PRECISION)
         if DROP:
-            upstream = tl.where(survivors(seed, head, rows[:, None], cols[None, :], sk, prob), upstream / (1.0 - prob), 0.0)
+            upstream = tl.where(
+                survivors(seed, head, rows[:, None], cols[None, :], sk, prob), upstream / (1.0 - prob), 0.0
+            )
         score_grad = weight * (upstream - delta[:, None])
         acc = tl.dot(score_grad.to(keys.dtype), keys, acc, input_precision=PRECISION)
     return acc
@@ -299,16 +306,24 @@ def attention_key_grad(
         head = b * heads + h
         q_head = q + b * q_b + h * q_h
         g_head = grad + b * g_b + h * g_h
-        # one masked loop: a second copy of it for unmasked tiles costs more in spilled registers than the mask does
+        # one masked loop: a second copy of it for unmasked tiles costs more in spilled registers than the
+        # mask does
         for start in range(begin, end, BM):
             rows = start + tl.arange(0, BM)
             there = (rows[:, None] < sq) & (dims[None, :] < HEAD)
-            queries = tl.load(q_head + rows.to(tl.int64)[:, None] * q_s + dims[None, :], mask=there, other=0.0)
-            upstream = tl.load(g_head + rows.to(tl.int64)[:, None] * g_s + dims[None, :], mask=there, other=0.0)
+            queries = tl.load(
+                q_head + rows.to(tl.int64)[:, None] * q_s + dims[None, :], mask=there, other=0.0
+            )
+            upstream = tl.load(
+                g_head + rows.to(tl.int64)[:, None] * g_s + dims[None, :], mask=there, other=0.0
+            )
             lse = tl.load(lse_in + head * sq + rows, mask=rows < sq, other=0.0)
             delta = tl.load(delta_in + head * sq + rows, mask=rows < sq, other=0.0)
-            # everything is computed transposed, [keys, queries]: it then is the left operand of both products as it stands
-            weight = tl.exp2(tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2 - lse[None, :])
+            # everything is computed transposed, [keys, queries]: it then is the left operand of both
+            # products as it stands
+            weight = tl.exp2(
+                tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale_log2 - lse[None, :]
+            )
             seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < last[:, None])
             weight = tl.where(seen, weight, 0.0)
             slope = tl.dot(values, tl.trans(upstream), input_precision=PRECISION)
@@ -333,18 +348,20 @@ class Tiles(NamedTuple):
     key_grad: tuple[int, int, int, int]
 
 
-def tiles_for(wide: int, half: bool) -> Tiles:
-    """Tiles that fit the registers and the shared memory of sm_80 and later without spills (see
-    tools/compile_kernels.py).
+def tiles_for(wide: int, half: bool, dropout: bool) -> Tiles:
+    """Tiles whose registers fit sm_80, sm_90 and sm_100 without spilling in a loop
+    (tools/compile_kernels.py lists them).
     """
     if not half:
         block = 32 if wide <= 128 else 16
         return Tiles((block, block, 4, 1), (block, block, 4, 1), (block, block, 4, 1))
     if wide <= 64:
-        return Tiles((128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2))
+        return Tiles((128, 32 if dropout else 64, 8, 2), (64, 32, 4, 2), (32, 64, 4, 2))
     if wide <= 128:
-        return Tiles((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))
-    return Tiles((64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1))
+        if dropout:
+            return Tiles((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 2))
+        return Tiles((128, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
+    return Tiles((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1))
 
 
 class _Attention(torch.autograd.Function):
@@ -360,7 +377,7 @@ class _Attention(torch.autograd.Function):
         lse = torch.empty(b, heads, sq, dtype=torch.float32, device=q.device)
         seed = draw_seed(q) if dropout_p else None
         wide = max(power_of_two(width), 16)
-        bm, bn, warps, stages = tiles_for(wide, q.dtype != torch.float32).forward
+        bm, bn, warps, stages = tiles_for(wide, q.dtype != torch.float32, dropout_p > 0.0).forward
         if q.numel():
             attention_forward[(triton.cdiv(sq, bm), b * heads)](
                 q, k, v, out, lse, spans.first_key, spans.last_key, lse if seed is None else seed,
@@ -386,7 +403,7 @@ class _Attention(torch.autograd.Function):
         if not q.numel() or not k.numel():
             return grad_q.zero_(), grad_k, grad_v, None, None, None
         wide = max(power_of_two(width), 16)
-        tiles = tiles_for(wide, q.dtype != torch.float32)
+        tiles = tiles_for(wide, q.dtype != torch.float32, ctx.dropout_p > 0.0)
         delta = torch.empty_like(lse)
         attention_delta[(triton.cdiv(sq, 32), b * heads)](
             out, grad, delta, sq, heads, *out.stride()[:3], *grad.stride()[:3], HEAD=width, WIDE=wide, BM=32

@@ -1,5 +1,8 @@
 """bias+GELU, bias+SwiGLU and bias+GEGLU, forward and backward with the bias gradient summed in the same pass."""
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,5 +1,8 @@
 """residual + dropout(x + bias) in one pass; the mask is never stored but drawn again from the same seed (Philox)."""
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 from typing import Any

@@ -6,6 +6,9 @@ them over a divided vocabulary is arithmetic on [t] vectors. The backward kernel
 gradients, in place when allowed.
 """
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 from typing import Any

@@ -2,6 +2,9 @@
 deterministic.
 """
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 import torch

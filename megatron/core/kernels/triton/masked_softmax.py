@@ -2,6 +2,9 @@
 scores.
 """
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 from typing import Any
@@ -56,7 +59,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         scores = scores.contiguous()
         *_, heads, sq, sk = (1, *scores.shape) if scores.dim() == 3 else scores.shape
         probs = torch.empty_like(scores)
-        strides = (0, 0, 0, 0)
+        strides: tuple[int, ...] = (0, 0, 0, 0)
         if mask is not None:
             mask = mask.expand(scores.shape[0], heads, sq, sk)
             strides = mask.stride()

@@ -1,8 +1,12 @@
 """Norm, scaling and optimizer updates over a list of tensors in one launch.
 
-A table of chunks (tensor index, offset) maps programs to pieces of tensors, a second table holds the addresses. Both are small int64
-tensors; the chunk table depends on the sizes alone and is kept between calls.
+A table of chunks (tensor index, offset) maps programs to pieces of tensors, a second table holds the
+addresses. Both are small int64 tensors; the chunk table depends on the sizes alone and is kept between
+calls.
 """
+
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
 
 from __future__ import annotations
 
@@ -32,7 +36,9 @@ def _addresses(lists: Sequence[Sequence[Tensor]], device: torch.device) -> Tenso
 
 
 def _plan(*lists: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(chunk table [programs, 3], addresses [lists, tensors]); ValueError unless all are contiguous and alike in size."""
+    """(chunk table [programs, 3], addresses [lists, tensors]); ValueError unless all are contiguous and
+    alike in size.
+    """
     sizes = tuple(t.numel() for t in lists[0])
     for tensors in lists:
         if tuple(t.numel() for t in tensors) != sizes:
@@ -51,18 +57,35 @@ def piece(addresses, row, tensor, tensors, DTYPE: tl.constexpr):
 @triton.jit
 def l2_kernel(chunks, addresses, out, tensors, DTYPE: tl.constexpr, CHUNK: tl.constexpr):
     program = tl.program_id(0)
-    tensor, first, size = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1), tl.load(chunks + 3 * program + 2)
+    tensor, first, size = (
+        tl.load(chunks + 3 * program),
+        tl.load(chunks + 3 * program + 1),
+        tl.load(chunks + 3 * program + 2),
+    )
     at = first + tl.arange(0, CHUNK)
-    value = tl.load(piece(addresses, 0, tensor, tensors, DTYPE) + at, mask=at < size, other=0.0).to(tl.float32)
+    value = tl.load(piece(addresses, 0, tensor, tensors, DTYPE) + at, mask=at < size, other=0.0).to(
+        tl.float32
+    )
     tl.store(out + program, tl.sum(value * value, 0))
 
 
 @triton.jit
 def scale_kernel(
-    chunks, addresses, factor_in, bad, tensors, SOURCE: tl.constexpr, TARGET: tl.constexpr, CHUNK: tl.constexpr
+    chunks,
+    addresses,
+    factor_in,
+    bad,
+    tensors,
+    SOURCE: tl.constexpr,
+    TARGET: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    tensor, first, size = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1), tl.load(chunks + 3 * program + 2)
+    tensor, first, size = (
+        tl.load(chunks + 3 * program),
+        tl.load(chunks + 3 * program + 1),
+        tl.load(chunks + 3 * program + 2),
+    )
     at = first + tl.arange(0, CHUNK)
     inside = at < size
     value = tl.load(piece(addresses, 0, tensor, tensors, SOURCE) + at, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +101,11 @@ def adam_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, DECOUPLED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    tensor, first, size = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1), tl.load(chunks + 3 * program + 2)
+    tensor, first, size = (
+        tl.load(chunks + 3 * program),
+        tl.load(chunks + 3 * program + 1),
+        tl.load(chunks + 3 * program + 2),
+    )
     at = first + tl.arange(0, CHUNK)
     inside = at < size
     p_at = piece(addresses, 0, tensor, tensors, PARAM) + at
@@ -104,7 +131,11 @@ def sgd_kernel(
     PARAM: tl.constexpr, GRAD: tl.constexpr, MOMENTUM: tl.constexpr, FIRST: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    tensor, first, size = tl.load(chunks + 3 * program), tl.load(chunks + 3 * program + 1), tl.load(chunks + 3 * program + 2)
+    tensor, first, size = (
+        tl.load(chunks + 3 * program),
+        tl.load(chunks + 3 * program + 1),
+        tl.load(chunks + 3 * program + 2),
+    )
     at = first + tl.arange(0, CHUNK)
     inside = at < size
     p_at = piece(addresses, 0, tensor, tensors, PARAM) + at
@@ -120,7 +151,9 @@ def sgd_kernel(
 
 
 def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """fp32 scalar: square root of the sum of squares over all tensors (one dtype), in a fixed order, without a host sync."""
+    """fp32 scalar: square root of the sum of squares over all tensors (one dtype), in a fixed order,
+    without a host sync.
+    """
     if not tensors:
         return torch.zeros((), dtype=torch.float32)
     chunks, addresses = _plan(tensors)
@@ -184,7 +217,9 @@ def sgd(
     weight_decay: float,
     first_step: bool,
 ) -> None:
-    """One SGD update in place; decay is added to the gradient, momentum buffers start as the first gradient."""
+    """One SGD update in place; decay is added to the gradient, momentum buffers start as the first
+    gradient.
+    """
     if not params:
         return
     chunks, addresses = _plan(params, grads, momenta if momentum else params)

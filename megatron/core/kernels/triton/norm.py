@@ -5,6 +5,9 @@ gradient is summed in registers, written once per program, and a second kernel a
 deterministic. Bytes moved are the minimum: each input read once, each output written once.
 """
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 from typing import Any

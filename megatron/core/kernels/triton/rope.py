@@ -2,6 +2,9 @@
 the opposite turn.
 """
 
+# mypy: allow-untyped-defs
+# (arguments of kernels are pointers and numbers of Triton's own language)
+
 from __future__ import annotations
 
 from typing import Any
