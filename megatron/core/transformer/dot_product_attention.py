@@ -18,6 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 from megatron.core.utils import divide
 
 
@@ -44,11 +45,11 @@ class DotProductAttention(MegatronModule):
         self.layer_number = max(1, layer_number)
         self.attn_mask_type = attn_mask_type
         self.attention_type = attention_type
-        self.hidden_size_per_attention_head = config.kv_channels
+        self.hidden_size_per_attention_head = head = derived(config.kv_channels)
         self.num_attention_heads_per_partition = divide(config.num_attention_heads, tp_size)
-        self.num_query_groups_per_partition = max(1, config.num_query_groups // tp_size)
-        self.hidden_size_per_partition = self.num_attention_heads_per_partition * config.kv_channels
-        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels)
+        self.num_query_groups_per_partition = max(1, derived(config.num_query_groups) // tp_size)
+        self.hidden_size_per_partition = self.num_attention_heads_per_partition * head
+        self.softmax_scale = 1.0 / math.sqrt(head)
         self.dropout_p = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window = config.window_size
         # Under sequence parallelism the whole block already draws from the rank's own random state.

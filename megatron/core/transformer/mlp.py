@@ -155,9 +155,7 @@ def apply_swiglu_sharded_factory(
     for extent in half_shape:
         half_size *= extent
 
-    def pieces(
-        key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None
-    ) -> list[ShardedTensor]:
+    def pieces(key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> Any:
         offsets = [(axis, rank, 2 * fragments), (axis, rank + fragments, 2 * fragments)]
         if flattened_range is None:
             return [
@@ -199,10 +197,10 @@ def apply_swiglu_sharded_factory(
             if part.numel()
         ]
 
-    def merge(sub_state_dict: list[Tensor]) -> Tensor:
+    def merge(sub_state_dict: Any) -> Tensor:
         with torch.no_grad():
             return torch.cat(sub_state_dict)
 
     return ShardedTensorFactory(
-        original_sh_ten.key, original_sh_ten.data, pieces, merge, original_sh_ten.replica_id
+        original_sh_ten.key, derived(original_sh_ten.data), pieces, merge, original_sh_ten.replica_id
     )

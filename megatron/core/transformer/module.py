@@ -111,9 +111,9 @@ class Float16Module(MegatronModule):
             outputs = float16_to_fp32(outputs)
         return outputs
 
-    def state_dict(
+    def state_dict(  # type: ignore[override]
         self, destination: Any = None, prefix: str = "", keep_vars: bool = False
-    ) -> dict[str, Any]:  # type: ignore[override]
+    ) -> dict[str, Any]:
         """The wrapped model's state dict: the wrapper adds no level to the names."""
         return self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
 

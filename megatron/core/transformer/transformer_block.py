@@ -94,7 +94,7 @@ class TransformerBlock(MegatronModule):
             else None
         )
 
-    def set_input_tensor(self, input_tensor: Tensor) -> None:
+    def set_input_tensor(self, input_tensor: Tensor | None) -> None:
         """Store the previous stage's output [s/sp, b, h], which `forward` takes in place of its argument."""
         self.input_tensor = input_tensor
 
@@ -163,9 +163,9 @@ class TransformerBlock(MegatronModule):
         layers = f"{prefix}layers."
         sharded: dict[str, Any] = {}
         for local, layer in enumerate(self.layers):
-            index = layer.layer_number - 1
+            index = int(layer.layer_number) - 1  # type: ignore[arg-type]
             stacked = () if separate else ((0, index, self.config.num_layers),)
-            own = layer.sharded_state_dict(f"{layers}{local}.", stacked, metadata)
+            own = sharded_state_dict_default(layer, f"{layers}{local}.", stacked, metadata)
             replace_prefix_for_sharding(own, f"{layers}{local}.", f"{layers}{index}." if separate else layers)
             sharded.update(own)
         for name, module in self.named_children():

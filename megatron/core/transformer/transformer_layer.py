@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+#: A module to build, or a function that is used as it is.
+Part = ModuleSpec | type | Callable[..., Any]
+
 
 @dataclass
 class TransformerLayerSubmodules:
@@ -27,17 +31,17 @@ class TransformerLayerSubmodules:
     different parts can read each other's files.
     """
 
-    input_layernorm: ModuleSpec | type = IdentityOp
-    self_attention: ModuleSpec | type = IdentityOp
-    self_attn_bda: ModuleSpec | type = IdentityFuncOp
+    input_layernorm: Part = IdentityOp
+    self_attention: Part = IdentityOp
+    self_attn_bda: Part = IdentityFuncOp
 
-    pre_cross_attn_layernorm: ModuleSpec | type = IdentityOp
-    cross_attention: ModuleSpec | type = IdentityOp
-    cross_attn_bda: ModuleSpec | type = IdentityFuncOp
+    pre_cross_attn_layernorm: Part = IdentityOp
+    cross_attention: Part = IdentityOp
+    cross_attn_bda: Part = IdentityFuncOp
 
-    pre_mlp_layernorm: ModuleSpec | type = IdentityOp
-    mlp: ModuleSpec | type = IdentityOp
-    mlp_bda: ModuleSpec | type = IdentityFuncOp
+    pre_mlp_layernorm: Part = IdentityOp
+    mlp: Part = IdentityOp
+    mlp_bda: Part = IdentityFuncOp
 
     sharded_state_dict_keys_map: dict[str, str] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 
 BlockSpec = ModuleSpec | TransformerBlockSubmodules
 
@@ -45,7 +46,7 @@ class T5LMHead(MegatronModule):
             config.hidden_size,
             vocab_size,
             config=config,
-            init_method=config.init_method,
+            init_method=derived(config.init_method),
             bias=share_embeddings_and_output_weights,
             skip_bias_add=not share_embeddings_and_output_weights,
             gather_output=not parallel_output,
@@ -120,7 +121,7 @@ class T5Model(LanguageModule):
                 )  # v0.9's second name for the table
         if position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels,
+                kv_channels=derived(config.kv_channels),
                 rotary_percent=rotary_percent,
                 rotary_interleaved=config.rotary_interleaved,
                 seq_len_interpolation_factor=seq_len_interpolation_factor,
@@ -207,7 +208,7 @@ class T5Model(LanguageModule):
             else:
                 encoder_hidden_states = self.encoder_hidden_state
         if self.decoder is None or output_encoder_hidden_only:
-            return encoder_hidden_states
+            return derived(encoder_hidden_states)
 
         embedded = self._embed(decoder_input_ids, inference_params)
         hidden = self.decoder(

@@ -21,7 +21,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import get_linear_layer
+from megatron.core.transformer.utils import derived, get_linear_layer
 from megatron.core.utils import get_te_version
 
 __all__ = ["BertModel", "get_te_version"]
@@ -83,7 +83,7 @@ class BertModel(LanguageModule):
             )
         if position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels,
+                kv_channels=derived(config.kv_channels),
                 rotary_percent=rotary_percent,
                 rotary_interleaved=config.rotary_interleaved,
                 seq_len_interpolation_factor=seq_len_interpolation_factor,
@@ -103,7 +103,7 @@ class BertModel(LanguageModule):
                 config.hidden_size,
                 vocab_size,
                 config=config,
-                init_method=config.init_method,
+                init_method=derived(config.init_method),
                 bias=True,
                 skip_bias_add=False,
                 gather_output=not parallel_output,
@@ -115,7 +115,9 @@ class BertModel(LanguageModule):
                 self.binary_head = get_linear_layer(
                     config.hidden_size, 2, config.init_method, config.perform_initialization
                 )
-                self.pooler = Pooler(config.hidden_size, config.init_method, config, config.sequence_parallel)
+                self.pooler = Pooler(
+                    config.hidden_size, derived(config.init_method), config, config.sequence_parallel
+                )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 

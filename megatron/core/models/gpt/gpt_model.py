@@ -21,7 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import get_default_causal_mask
+from megatron.core.transformer.utils import derived, get_default_causal_mask
 
 
 class GPTModel(LanguageModule):
@@ -75,7 +75,7 @@ class GPTModel(LanguageModule):
             )
         if position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=config.kv_channels,
+                kv_channels=derived(config.kv_channels),
                 rotary_percent=rotary_percent,
                 rotary_interleaved=config.rotary_interleaved,
                 seq_len_interpolation_factor=seq_len_interpolation_factor,
@@ -100,7 +100,7 @@ class GPTModel(LanguageModule):
                 config.hidden_size,
                 vocab_size,
                 config=config,
-                init_method=config.init_method,
+                init_method=derived(config.init_method),
                 bias=False,
                 skip_bias_add=False,
                 gather_output=not parallel_output,

@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived, sharded_state_dict_default
 from megatron.core.utils import divide
 
 
@@ -73,7 +74,7 @@ class SequentialMLP(MegatronModule):
         for local, expert in enumerate(self.local_experts):
             own = f"{prefix}local_experts.{local}."
             stacked = (*sharded_offsets, (len(sharded_offsets), first + local, total))
-            part = expert.sharded_state_dict(own, stacked, metadata)
+            part = sharded_state_dict_default(expert, own, stacked, metadata)
             replace_prefix_for_sharding(part, own, f"{prefix}experts.")
             replicas = parallel_state.get_data_modulo_expert_parallel_rank(with_context_parallel=True)
             for key, piece in part.items():
@@ -102,7 +103,7 @@ class GroupedMLP(MegatronModule):
         self.num_local_experts = num_local_experts
         extended = config.moe_extended_tp
         ranks = self.groups.size("tp_ep") if extended else self.groups.size("tp")
-        inner = divide(config.ffn_hidden_size, ranks)
+        inner = divide(derived(config.ffn_hidden_size), ranks)
         self.inner = inner
         up = inner * (2 if config.gated_linear_unit else 1)
         self.weight1 = self._new_weight((config.hidden_size, num_local_experts * up), 1, config.init_method)
@@ -160,9 +161,7 @@ class GroupedMLP(MegatronModule):
         replicas = parallel_state.get_data_modulo_expert_parallel_rank(with_context_parallel=True)
         halves = 2 if self.config.gated_linear_unit else 1
 
-        def fc1(
-            key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None
-        ) -> list[ShardedTensor]:
+        def fc1(key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> Any:
             by_expert = t.view(experts, width, -1).transpose(1, 2)  # [e, f, h]
             return [
                 ShardedTensor.from_rank_offsets(
@@ -178,13 +177,11 @@ class GroupedMLP(MegatronModule):
                 for part, half in enumerate(by_expert[i].chunk(halves, dim=0))
             ]
 
-        def merge_fc1(parts: list[Tensor]) -> Tensor:
+        def merge_fc1(parts: Any) -> Tensor:
             rows = [torch.cat(parts[i * halves : (i + 1) * halves]) for i in range(experts)]
             return torch.stack(rows).transpose(1, 2).reshape(width, -1)
 
-        def fc2(
-            key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None
-        ) -> list[ShardedTensor]:
+        def fc2(key: str, t: Tensor, replica_id: ReplicaId, flattened_range: slice | None) -> Any:
             by_expert = t.view(experts, -1, width).transpose(1, 2)  # [e, h, f]
             return [
                 ShardedTensor.from_rank_offsets(
@@ -199,7 +196,7 @@ class GroupedMLP(MegatronModule):
                 for i in range(experts)
             ]
 
-        def merge_fc2(parts: list[Tensor]) -> Tensor:
+        def merge_fc2(parts: Any) -> Tensor:
             return torch.stack(parts).transpose(1, 2).reshape(-1, width)
 
         replica: ReplicaId = (0, 0, replicas)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +16,14 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import derived
 from megatron.core.utils import divide
 
 #: alltoall_seq differs from alltoall in the path of the tokens only, not in what is computed.
-DISPATCHERS = {
+DISPATCHERS: dict[str, Callable[..., MoETokenDispatcher]] = {
     "allgather": MoEAllGatherTokenDispatcher,
     "alltoall": MoEAlltoAllTokenDispatcher,
     "alltoall_seq": MoEAlltoAllTokenDispatcher,
@@ -40,9 +43,9 @@ class BaseMoELayer(MegatronModule, ABC):
         self.expert_parallel_size = groups.size("ep")
         self.layer_number = layer_number
         if config.moe_extended_tp:
-            self.num_local_experts, first = config.num_moe_experts, 0
+            self.num_local_experts, first = derived(config.num_moe_experts), 0
         else:
-            self.num_local_experts = divide(config.num_moe_experts, self.expert_parallel_size)
+            self.num_local_experts = divide(derived(config.num_moe_experts), self.expert_parallel_size)
             first = groups.rank("ep") * self.num_local_experts
         self.local_expert_indices = list(range(first, first + self.num_local_experts))
 

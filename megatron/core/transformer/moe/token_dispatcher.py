@@ -154,7 +154,9 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
         tokens = hidden_states.reshape(-1, hidden_states.size(-1))
         self.tokens_shape = tokens.shape
         padded = self.config.moe_pad_expert_input_to_capacity
-        self.token_of, self.prob_of, counts = assignments(probs, indices, padded, self.config.num_moe_experts)
+        self.token_of, self.prob_of, counts = assignments(
+            probs, indices, padded, derived(self.config.num_moe_experts)
+        )
         arriving = self.preprocess(counts)
         rows = tokens.index_select(0, self.token_of)
         rows = tensor_parallel.all_to_all(self.groups.ep, rows, self.output_splits, self.input_splits)
