@@ -317,3 +317,55 @@ def _join_gradients(cut: Cut, chunks: list[torch.nn.Module]) -> None:
     positions = groups.ranks.get("pos_embd", [])
     if cut.join_positions and len(positions) > 1 and dist.get_rank() in positions:
         dist.all_reduce(chunks[0].embedding.position_embeddings.weight.grad, group=groups.pos_embd)
+
+
+def documents(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask [b, 1, s, s] and positions [b, s] of documents that end at fixed places, another one in each row."""
+    length = ids.size(1)
+    hidden = torch.triu(torch.ones(length, length, dtype=torch.bool), 1).repeat(ids.size(0), 1, 1, 1)
+    positions = torch.arange(length).repeat(ids.size(0), 1)
+    for row in range(ids.size(0)):
+        for stop in (3 + row, 10 - row):
+            hidden[row, :, stop + 1 :, : stop + 1] = True
+            positions[row, stop + 1 :] = torch.arange(length - stop - 1)
+    return hidden, positions
+
+
+def reference_with_documents(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """As `reference`, with the documents' mask and positions: parameters, gradients, summed loss."""
+    model = recorded.build(name).double()
+    model.load_state_dict(recorded.weights(name))
+    batch = recorded.arrays(name, "batch.npz")
+    hidden, positions = documents(batch["tokens"])
+    loss = model(batch["tokens"], positions, hidden, labels=batch["labels"]).sum()
+    loss.backward()
+    named = dict(model.named_parameters())
+    return {k: p.detach() for k, p in named.items()}, {k: p.grad for k, p in named.items()}, loss.item()
+
+
+def run_documents(
+    name: str, cut: Cut, weights: dict[str, Tensor], gradients: dict[str, Tensor]
+) -> tuple[float, float]:
+    """On every rank: this rank's part of the sequence and its rows of the mask -> (summed loss, worst gradient error)."""
+    _initialise(cut)
+    (model,) = _build(name, cut)
+    model.double()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(piece_of(weights, model, key, parameter))
+    batch = recorded.arrays(name, "batch.npz")
+    hidden, positions = documents(batch["tokens"])
+    rows = _share_of_sequence(hidden.transpose(1, 2), cut.cp).transpose(1, 2)
+    ids, labels, positions = (
+        _share_of_sequence(t, cut.cp) for t in (batch["tokens"], batch["labels"], positions)
+    )
+    loss = model(ids, positions, rows, labels=labels).sum()
+    loss.backward()
+    _join_gradients(cut, [model])
+    errors = [
+        ((p.grad - (e := piece_of(gradients, model, key, p))).abs().max() / e.abs().max()).item()
+        for key, p in model.named_parameters()
+    ]
+    total = loss.detach()
+    dist.all_reduce(total, group=parallel_state.get_context_parallel_group())
+    return total.item(), max(errors)

@@ -9,7 +9,7 @@ import torch
 
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from tests.gang.harness import run_gang
-from tests.gang.model_runs import Cut, reference, run_cut
+from tests.gang.model_runs import Cut, reference, reference_with_documents, run_cut, run_documents
 from tests.unit.models import recorded
 
 
@@ -81,3 +81,13 @@ def test_layout_equals_one_process(name: str, cut: Cut) -> None:
         assert rank["worst"][0] < 1e-11, rank["worst"]
         if rank["loss"] is not None:
             assert rank["loss"] == pytest.approx(result["loss"].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+@pytest.mark.parametrize("cut", [Cut(cp=2), Cut(tp=2, cp=2, sequence_parallel=True)], ids=str)
+def test_documents_with_context_parallelism(name: str, cut: Cut) -> None:
+    """A mask that separates documents, its rows cut like the sequence: the loss and gradients of one process."""
+    weights, gradients, loss = reference_with_documents(name)
+    for total, error in run_gang(cut.world_size, run_documents, name, cut, weights, gradients):
+        assert total == pytest.approx(loss, rel=1e-12)
+        assert error < 1e-11
