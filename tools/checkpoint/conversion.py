@@ -1,0 +1,118 @@
+"""Run a loader and a saver against each other through a bounded queue."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import queue as queues
+import sys
+import threading
+from types import ModuleType
+from typing import Any
+
+from megatron.core.errors import FlagError, MegatronError
+
+# Newer releases' names of the same plug-ins.
+_RENAMED = {"core": "mcore", "legacy": "megatron"}
+
+
+class _Stopped(Exception):
+    """The other side failed; this side has nothing to add."""
+
+
+class Channel:
+    """A bounded queue whose `put` gives up when the reader is gone."""
+
+    def __init__(self, size: int) -> None:
+        self._queue: queues.Queue[Any] = queues.Queue(size)
+        self.abandoned = threading.Event()
+
+    def put(self, item: Any) -> None:
+        """Hand over an item, waiting for room."""
+        while not self.abandoned.is_set():
+            try:
+                return self._queue.put(item, timeout=0.2)
+            except queues.Full:
+                continue
+        raise _Stopped
+
+    def get(self) -> Any:
+        """The next item."""
+        return self._queue.get()
+
+
+def load_plugin(plugin_type: str, name: str) -> ModuleType:
+    """The module `<type>_<name>` or `<name>`. FlagError if there is none or it is no plug-in."""
+    name = _RENAMED.get(name, name)
+    for candidate in (f"tools.checkpoint.{plugin_type}_{name}", f"{plugin_type}_{name}", name):
+        try:
+            module = importlib.import_module(candidate)
+        except ModuleNotFoundError as error:
+            if error.name is None or not candidate.startswith(error.name):
+                raise
+            continue
+        if not hasattr(module, "add_arguments"):
+            raise FlagError(
+                f"--{plugin_type} {name}", f"{candidate} has no add_arguments", "name a conversion plug-in"
+            )
+        return module
+    raise FlagError(f"--{plugin_type} {name}", f"there is no module {plugin_type}_{name}", "check the name")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; the exit status is 0 only if the saver finished."""
+    try:
+        return _convert(argv)
+    except MegatronError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def _convert(argv: list[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Convert Megatron checkpoints.",
+        allow_abbrev=False,
+        conflict_handler="resolve",
+        add_help=False,
+    )
+    parser.add_argument(
+        "--model-type", required=True, choices=["GPT", "BERT"], help="what the checkpoint holds"
+    )
+    parser.add_argument("--loader", default="megatron", help="module that reads")
+    parser.add_argument("--saver", default="megatron", help="module that writes")
+    parser.add_argument("--load-dir", required=True, help="directory to read")
+    parser.add_argument("--save-dir", required=True, help="directory to write")
+    parser.add_argument("--max-queue-size", type=int, default=50, help="messages in flight")
+    parser.add_argument("--no-checking", action="store_false", dest="checking", help="ignore unused tensors")
+    known, _ = parser.parse_known_args(argv)
+    loader, saver = load_plugin("loader", known.loader), load_plugin("saver", known.saver)
+    loader.add_arguments(parser)
+    saver.add_arguments(parser)
+    parser.add_argument("-h", "--help", action="help", help="show this message")
+    args = parser.parse_args(argv)
+    channel = Channel(args.max_queue_size)
+    failures: list[BaseException] = []
+
+    def save() -> None:
+        try:
+            saver.save_checkpoint(channel, args)
+        except (MegatronError, SystemExit, OSError) as error:
+            failures.append(error)
+        finally:
+            channel.abandoned.set()
+
+    thread = threading.Thread(target=save, name="saver")
+    thread.start()
+    try:
+        loader.load_checkpoint(channel, args)
+    except _Stopped:
+        pass
+    except BaseException:
+        if not channel.abandoned.is_set():
+            channel.put("exit")
+        raise
+    finally:
+        thread.join()
+    for failure in failures:
+        raise failure
+    return 0
