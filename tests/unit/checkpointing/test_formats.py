@@ -1,0 +1,188 @@
+"""What is written has v0.9's structure, and what older generations wrote is understood."""
+
+from __future__ import annotations
+
+import tarfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.enums import ModelType
+from megatron.core.errors import CheckpointError
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.checkpointing.arguments import check_checkpoint_args
+from megatron.training.checkpointing.legacy import adapt_weights
+from tests.unit.checkpointing.toy import Run, arguments, one_process, same
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "checkpoints"
+
+
+@pytest.fixture(autouse=True)
+def _world() -> Iterator[None]:
+    with one_process():
+        yield
+
+
+def _recorded(tmp_path: Path, model: str) -> Path:
+    with tarfile.open(GOLDEN / model / "checkpoints.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_torch_file_has_the_recorded_keys_in_order(tmp_path: Path) -> None:
+    run = Run(
+        arguments(
+            tmp_path / "run", model_type=ModelType.encoder_or_decoder, params_dtype=torch.float32, hook=len
+        )
+    )
+    run.step()
+    run.save()
+    ours = load_file(tmp_path / "run" / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt")
+    theirs = load_file(
+        _recorded(tmp_path, "opt") / "torch_dp1" / "iter_0000002" / "mp_rank_00" / "model_optim_rng.pt"
+    )
+    assert list(ours) == [key for key in theirs if key != "opt_param_scheduler"]
+    assert ours["checkpoint_version"] == theirs["checkpoint_version"] == 3.0
+    assert list(ours["rng_state"][0]) == list(theirs["rng_state"][0])
+    assert (
+        ours["rng_state"][0]["rng_tracker_states"].keys()
+        == theirs["rng_state"][0]["rng_tracker_states"].keys()
+    )
+    args = ours["args"]
+    assert type(args) is Namespace and args.model_type == 1 and args.params_dtype is torch.float32
+    assert not hasattr(args, "hook")  # only builtins and dtypes, so that any program can unpickle it
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [
+        ("legacy_gpt", "v0"),
+        ("legacy_gpt", "v1"),
+        ("legacy_gpt", "v3_layernorm"),
+        ("legacy_bert", "v0"),
+        ("legacy_bert", "v1"),
+    ],
+)
+def test_every_age_becomes_the_same_model(tmp_path: Path, model: str, source: str) -> None:
+    """Old names and old row orders give the very weights of the newest file (heads 4)."""
+    root = _recorded(tmp_path, model)
+
+    def weights(directory: str) -> dict[str, Any]:
+        (path,) = (root / directory).glob("*/mp_rank_00/model_optim_rng.pt")
+        state = load_file(path)
+        stack = "encoder" if "bert" in model else "decoder"
+        wanted = [
+            f"{stack}.final_layernorm.weight",
+            f"{stack}.layers.0.self_attention.linear_qkv._extra_state",
+        ]
+        return adapt_weights(state["model"], wanted, state.get("checkpoint_version", 0), heads)
+
+    (newest,) = (root / "tp1pp1").glob("*/mp_rank_00/model_optim_rng.pt")
+    heads = load_file(newest)["args"].num_attention_heads
+    expected, found = weights("tp1pp1"), weights(source)
+    assert found.keys() == expected.keys()
+    assert "output_layer.bias" in found or model == "legacy_gpt"
+    for name, value in expected.items():
+        assert value is None or torch.equal(found[name], value), name
+
+
+def test_finetune_and_no_load_flags(tmp_path: Path) -> None:
+    run = Run(arguments(tmp_path))
+    run.step()
+    run.save()
+    tuned = Run(arguments(tmp_path, finetune=True))
+    before = torch.get_rng_state()
+    assert tuned.load() == 0
+    assert same(tuned.weights(), run.weights()) and tuned.args.consumed_train_samples == 0
+    assert not tuned.optimizer.state and torch.equal(torch.get_rng_state(), before)
+    partly = Run(arguments(tmp_path, no_load_optim=True, no_load_rng=True))
+    assert partly.load() == 1 and not partly.optimizer.state
+
+
+def test_pretrained_checkpoint_is_used_when_load_is_empty(tmp_path: Path) -> None:
+    run = Run(arguments(tmp_path / "first"))
+    run.step()
+    run.save()
+    args = arguments(tmp_path / "second", pretrained_checkpoint=str(tmp_path / "first"))
+    tuned = Run(args)
+    assert tuned.load() == 0 and args.finetune and same(tuned.weights(), run.weights())
+    args.pretrained_checkpoint, args.finetune = str(tmp_path / "nowhere"), False
+    with pytest.raises(CheckpointError, match="--pretrained-checkpoint"):
+        Run(args).load()
+
+
+def test_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Run(arguments(tmp_path)).load() == 0
+    assert "will start from random" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="--exit-on-missing-checkpoint"):
+        Run(arguments(tmp_path, exit_on_missing_checkpoint=True)).load()
+
+
+def test_ckpt_step(tmp_path: Path) -> None:
+    run = Run(arguments(tmp_path))
+    for _ in range(3):
+        run.step()
+        run.save()
+    assert Run(arguments(tmp_path, ckpt_step=2)).load() == 2
+    with pytest.raises(CheckpointError, match="it has: 1, 2, 3"):
+        Run(arguments(tmp_path, ckpt_step=7)).load()
+
+
+def test_checkpoints_without_optimizer_or_random_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that did not save them told so in its arguments; loading goes on with a note."""
+    for ckpt_format in ("torch", "torch_dist"):
+        args = arguments(
+            tmp_path / ckpt_format, ckpt_format=ckpt_format, no_save_optim=True, no_save_rng=True
+        )
+        run = Run(args)
+        run.step()
+        run.save()
+        assert Run(arguments(tmp_path / ckpt_format, ckpt_format=ckpt_format)).load() == 1
+        printed = capsys.readouterr().out
+        assert "the optimizer starts afresh" in printed and "no random states" in printed
+
+
+def test_incompatible_settings_are_all_named(tmp_path: Path) -> None:
+    saved = Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, tensor_model_parallel_size=2)
+    with pytest.raises(CheckpointError) as caught:
+        check_checkpoint_args(saved, args=arguments(tmp_path, num_layers=4, hidden_size=16))
+    text = str(caught.value)
+    assert "num_layers value from checkpoint (2) is not equal to the input argument value (4)" in text
+    assert "hidden_size" in text and "--use-checkpoint-args" in text
+    with pytest.raises(CheckpointError, match=r"tensor_model_parallel_size .*convert.py"):
+        check_checkpoint_args(saved, args=arguments(tmp_path), fixed_layout=True)
+
+
+def test_use_checkpoint_args(tmp_path: Path) -> None:
+    root = _recorded(tmp_path, "llama")
+    for source, forced in (("tp2pp2", 2), ("torch_dist", 1)):
+        args = arguments(
+            root / source, num_layers=None, hidden_size=None, ffn_hidden_size=128, num_attention_heads=None,
+            swiglu=False, normalization="LayerNorm", seq_length=None, kv_channels=None, padded_vocab_size=None,
+            max_position_embeddings=None, tokenizer_type=None, num_query_groups=1, group_query_attention=False,
+        )  # fmt: skip
+        load_args_from_checkpoint(args)
+        assert (args.num_layers, args.hidden_size, args.num_attention_heads) == (2, 64, 4)
+        assert args.ffn_hidden_size == 128  # given on the command line
+        assert args.swiglu and args.normalization == "RMSNorm" and args.num_query_groups == 2
+        assert args.tensor_model_parallel_size == args.pipeline_model_parallel_size == forced
+        assert args.iteration == 100
+
+
+def test_non_persistent_checkpoints(tmp_path: Path) -> None:
+    """Kept one at a time below the directory, and preferred when at least as new."""
+    options: dict[str, Any] = {"ckpt_format": "torch_dist", "non_persistent_save_interval": 1}
+    run = Run(arguments(tmp_path, **options))
+    for iteration in range(1, 4):
+        run.step()
+        run.save(non_persistent_ckpt=iteration != 1)
+    assert sorted(p.name for p in (tmp_path / "non_persistent").glob("iter_*")) == ["iter_0000003"]
+    assert Run(arguments(tmp_path, **options)).load() == 3
+    assert Run(arguments(tmp_path, ckpt_format="torch_dist")).load() == 1
