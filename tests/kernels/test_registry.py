@@ -65,7 +65,7 @@ def test_an_unmet_demand_names_everything_that_is_missing_and_the_way_out() -> N
         "--use-flash-attn: core_attention/flash_attn cannot run here: needs a CUDA device; "
         "needs flash_attn>=2.1, not installed; takes fp16 or bf16 (add --bf16). Fix: drop the flag to use blocked."
     )
-    with pytest.raises(FlagError, match="there is no core_attention/magic.*choose one of"):
+    with pytest.raises(FlagError, match=r"there is no core_attention/magic.*choose one of"):
         registry.select("core_attention", AttentionSpec(), demand="magic")
 
 
@@ -88,7 +88,7 @@ def test_a_met_demand_overrides_rank_and_allow_limits_preference() -> None:
     assert registry.report()[-1].demanded
     assert registry.select("core_attention", AttentionSpec(head_dim=8), allow=("sdpa",)).__name__ == "sdpa"
     with pytest.raises(
-        ValueError, match="no implementation of core_attention.*flash_attn: needs a CUDA device"
+        ValueError, match=r"no implementation of core_attention.*flash_attn: needs a CUDA device"
     ):
         registry.select("core_attention", AttentionSpec(), allow=("flash_attn",))
     with pytest.raises(ValueError, match="unknown operation 'atention'"):
