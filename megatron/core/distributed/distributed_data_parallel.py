@@ -89,7 +89,10 @@ class DistributedDataParallel(MegatronModule):
             self.expert_parallel_buffers, force_single_bucket_group=disable_bucketing
         )
         self.param_to_bucket_group = {
-            param: group for group in self._all_bucket_groups() for param in group.params
+            param: group
+            for group in self._all_bucket_groups()
+            for bucket in group.buckets
+            for param in bucket.params_list
         }
         self._log_buckets()
         if ddp_config.overlap_param_gather:

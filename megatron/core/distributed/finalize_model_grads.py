@@ -57,7 +57,7 @@ def _sum_over(group: ProcessGroup | None, weight: Tensor | None) -> None:
 
 
 def _sum_embedding_grads(model: list[torch.nn.Module]) -> None:
-    """Sum the gradients of weights that several pipeline stages hold: tied word embeddings, position embeddings."""
+    """Sum the gradients of weights that several pipeline stages hold: tied words, inputs of encoder and decoder."""
     groups = parallel_state.resolve(None)
     if groups.embd is not None and groups.embd.size() > 1:
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
@@ -68,8 +68,8 @@ def _sum_embedding_grads(model: list[torch.nn.Module]) -> None:
             _sum_over(groups.embd, language_model.shared_embedding_or_output_weight())
     if groups.pos_embd is not None and groups.pos_embd.size() > 1:
         language_model = get_attr_wrapped_model(model[0], "pre_process", return_model_obj=True)
-        positions = getattr(language_model, "position_embeddings", None)
-        _sum_over(groups.pos_embd, None if positions is None else positions.weight)
+        for weight in language_model.input_weights_of_both_stacks():
+            _sum_over(groups.pos_embd, weight)
 
 
 def _as_list(one_or_many: Any) -> list[Any]:

@@ -83,7 +83,10 @@ class _ParamAndGradBucketGroup:
         self.data_parallel_group = data_parallel_group
         self.data_parallel_world_size = data_parallel_world_size
         self.data_parallel_rank = 0 if data_parallel_group is None else data_parallel_group.rank()
-        self.params = {param for bucket in buckets for param in bucket.params_list}
+        # A parameter marked `idle` takes part in no computation: its gradient stays zero and is not waited for.
+        self.params = {
+            param for bucket in buckets for param in bucket.params_list if not getattr(param, "idle", False)
+        }
         self.params_with_grad: set[torch.nn.Parameter] = set()
         self.is_last_microbatch = True
         self.next_param_gather_bucket_group: _ParamAndGradBucketGroup | None = None
@@ -168,14 +171,14 @@ class _ParamAndGradBucketGroup:
 
     def finish_grad_sync(self) -> None:
         """Return when the gradients are reduced. With overlap every parameter must have had a gradient."""
-        if not self.ddp_config.overlap_grad_reduce:
+        if not self.ddp_config.overlap_grad_reduce or not self.params:
             self.start_grad_sync()
         elif not self._grad_sync_started:
             missing = [
                 name
                 for bucket in self.buckets
                 for name, param in zip(bucket.names, bucket.params_list)
-                if param not in self.params_with_grad
+                if param in self.params and param not in self.params_with_grad
             ]
             raise AssertionError(
                 f"the reduction of a bucket group was never started: {len(missing)} of {len(self.params)} parameters "

@@ -63,7 +63,7 @@ class LanguageModule(MegatronModule):
         groups = parallel_state.resolve(self.pg_collection)
         stages = groups.size("pp")
         if stages > 1:
-            self._share_position_embeddings()
+            self._share_input_embeddings()
         if not self.share_embeddings_and_output_weights:
             return
         weight = self.shared_embedding_or_output_weight()
@@ -80,17 +80,27 @@ class LanguageModule(MegatronModule):
         if torch.distributed.is_initialized() and parallel_state.is_rank_in_embedding_group():
             torch.distributed.all_reduce(weight.data, group=groups.embd)
 
-    def _share_position_embeddings(self) -> None:
-        """Give the position embeddings of a decoder with stages of its own the values of the encoder's."""
+    def _share_input_embeddings(self) -> None:
+        """Give the embedding of a decoder with stages of its own the values of the encoder's."""
         groups = parallel_state.resolve(self.pg_collection)
-        group = groups.pos_embd
-        table = getattr(self.embedding, "position_embeddings", None) if self.pre_process else None
-        if table is None or group is None or group.size() < 2:
+        if groups.pos_embd is None or groups.pos_embd.size() < 2:
             return
-        if groups.rank("pp") > 0:
-            table.weight.data.zero_()
-            table.weight.shared = True
-        torch.distributed.all_reduce(table.weight.data, group=group)
+        for weight in self.input_weights_of_both_stacks():
+            weight.shared_embedding = True  # type: ignore[attr-defined]
+            if groups.rank("pp") > 0:
+                weight.data.zero_()
+                weight.shared = True  # type: ignore[attr-defined]
+            torch.distributed.all_reduce(weight.data, group=groups.pos_embd)
+
+    def input_weights_of_both_stacks(self) -> list[Tensor]:
+        """Weights that the first encoder stage and the first decoder stage hold alike, beside a tied word embedding."""
+        if not self.pre_process:
+            return []
+        positions = getattr(self.embedding, "position_embeddings", None)
+        tables = [] if positions is None else [positions]
+        if not self.share_embeddings_and_output_weights:
+            tables.append(self.embedding.word_embeddings)
+        return [table.weight for table in tables]
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight [v/tp, h] on the stages that hold it: the embedding's, or the output layer's copy."""
