@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -88,7 +88,7 @@ class ChecksumWriter:
     def save(self, obj: Any) -> None:
         """torch.save `obj` here; a failed write is raised as the OSError it was."""
         try:
-            torch.save(obj, self)
+            torch.save(obj, cast("IO[bytes]", self))
         except (RuntimeError, SystemError):
             # torch's archive writer reports a failed write as an error of its own.
             if self.failure is None:

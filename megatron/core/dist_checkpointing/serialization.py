@@ -76,17 +76,17 @@ def save(
             if not directory_is_empty(checkpoint_dir):
                 why = "the destination directory is not empty"
                 raise CheckpointingException(checkpoint_dir, why, "remove it or choose another")
-    sharded_strategy = _resolve(sharded_strategy, StrategyAction.SAVE_SHARDED, ("torch_dist", 1))
-    common_strategy = _resolve(common_strategy, StrategyAction.SAVE_COMMON, ("torch", 1))
+    writer: SaveShardedStrategy = _resolve(sharded_strategy, StrategyAction.SAVE_SHARDED, ("torch_dist", 1))
+    common_writer: SaveCommonStrategy = _resolve(common_strategy, StrategyAction.SAVE_COMMON, ("torch", 1))
     sharded, common = save_preprocess(sharded_state_dict, validate_access_integrity)
-    common_strategy.save_common(common, directory)
+    common_writer.save_common(common, directory)
 
     def complete() -> None:
         config = CheckpointingConfig(
-            sharded_strategy.backend,
-            sharded_strategy.version,
-            common_strategy.backend,
-            common_strategy.version,
+            writer.backend,
+            writer.version,
+            common_writer.backend,
+            common_writer.version,
         )
         with together():
             if rank() == 0:
@@ -96,14 +96,14 @@ def save(
                 save_config(config, directory)
 
     if not async_sharded_save:
-        sharded_strategy.save(sharded, directory)
+        writer.save(sharded, directory)
         complete()
         return None
-    if not isinstance(sharded_strategy, AsyncSaveShardedStrategy):
+    if not isinstance(writer, AsyncSaveShardedStrategy):
         raise CheckpointingException(
-            f"format {sharded_strategy.backend}", "it cannot be saved in the background", "use torch_dist"
+            f"format {writer.backend}", "it cannot be saved in the background", "use torch_dist"
         )
-    request = sharded_strategy.async_save(sharded, directory)
+    request = writer.async_save(sharded, directory)
     request.finalize_fns.append(complete)
     return request
 

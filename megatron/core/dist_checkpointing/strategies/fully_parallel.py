@@ -116,6 +116,7 @@ class FullyParallelLoadStrategyWrapper(LoadShardedStrategy):
         distribution = self.apply_loading_parallelization(sharded_state_dict)
         if distribution is None:
             return self.base_strategy.load(sharded_state_dict, checkpoint_dir)
+        assert self.parallelization_group is not None, "without a group there is nothing to share out"
         own_rank = dist.get_rank(self.parallelization_group)
         records = {
             shard_id(leaf): leaf

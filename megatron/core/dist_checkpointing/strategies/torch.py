@@ -13,11 +13,12 @@ import uuid
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
@@ -218,7 +219,7 @@ _METADATA_GLOBALS: dict[tuple[str, str], Any] = {
     (
         "torch.distributed.checkpoint.metadata",
         "_MEM_FORMAT_ENCODING",
-    ): torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING,
+    ): _MEM_FORMAT_ENCODING,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
@@ -303,11 +304,17 @@ class StoredTensors:
     def shape(self, key: str) -> tuple[int, ...]:
         """Global shape of the tensor, without reformulation."""
         original = self._reformulated.get(key, {}).get(_REFORMULATED)
-        return tuple(self.metadata.state_dict_metadata[key].size if original is None else original)
+        return tuple(self._tensor(key).size if original is None else original)
 
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of the tensor."""
-        return self.metadata.state_dict_metadata[key].properties.dtype
+        return self._tensor(key).properties.dtype
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        entry = self.metadata.state_dict_metadata[key]
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointingException(str(self.directory), f"{key} is an object, not a tensor")
+        return entry
 
     def read_object(self, key: str) -> Any:
         """The object; old and new writers wrap it in a list."""
@@ -367,7 +374,7 @@ class StoredTensors:
 
     def _chunks_of(self, key: str) -> list[_Chunk]:
         if key not in self._chunks:
-            entry = self.metadata.state_dict_metadata[key]
+            entry = self._tensor(key)
             original = self._reformulated.get(key, {}).get(_REFORMULATED)
             chunks = []
             for position, chunk in enumerate(entry.chunks):
@@ -397,7 +404,9 @@ class StoredTensors:
             return mapped
         with durable.naming_path(path, "reading"), open(path, "rb", buffering=0) as file:
             part = _FilePart(file, info.offset, info.length)
-            value = load_stream(part, str(path), allow_unsafe_pickle=self._allow_unsafe_pickle)
+            value = load_stream(
+                cast("IO[bytes]", part), str(path), allow_unsafe_pickle=self._allow_unsafe_pickle
+            )
         if index.offset is not None and not isinstance(value, torch.Tensor):
             raise CheckpointingException(
                 str(path), f"the entry of {index.fqn} is not a tensor", "use an earlier checkpoint"
