@@ -8,11 +8,30 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 #: What each requested backend becomes where no accelerator exists.
 _CPU_BACKENDS = {"nccl": "gloo", "ucc": "gloo"}
+
+
+#: Kinds of device that are planned for rather than used; the innermost `planning` block counts.
+_planned: list[str] = []
+
+
+@contextmanager
+def planning(planned_kind: str) -> Iterator[None]:
+    """Let `kind()` be `planned_kind` and `current()` the meta device, which holds no data, inside the block.
+
+    For plans of models and machines that do not fit here.
+    """
+    _planned.append(planned_kind)
+    try:
+        yield
+    finally:
+        _planned.pop()
 
 
 def available() -> bool:
@@ -22,6 +41,8 @@ def available() -> bool:
 
 def kind() -> str:
     """`"cuda"` when an accelerator is present, else `"cpu"`."""
+    if _planned:
+        return _planned[-1]
     return "cuda" if available() else "cpu"
 
 
@@ -48,6 +69,8 @@ def keep_freed_memory() -> None:
 
 def current() -> torch.device:
     """The device on which this process computes."""
+    if _planned:
+        return torch.device("meta")
     return torch.device("cuda", torch.cuda.current_device()) if available() else torch.device("cpu")
 
 

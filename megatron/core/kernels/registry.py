@@ -7,9 +7,11 @@ is imported to ask: a registered loader imports its own kernel only when it is c
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +140,7 @@ class Choice:
 
 _entries: dict[str, dict[str, Entry]] = {}
 _choices: dict[tuple[str, str, Spec], Choice] = {}
+_planning: list[bool] = []
 
 
 def register(
@@ -194,7 +197,7 @@ def select(
     _record(
         best, spec, False, tuple((e.name, r) for e, r in refused if r is not None and e.rank >= best.rank)
     )
-    return best.load()
+    return _load(best)
 
 
 def _select_demanded(
@@ -213,7 +216,7 @@ def _select_demanded(
             fix = f"use {instead}"
         raise FlagError(subject, f"{op}/{demand.name} cannot run here: {reason}", fix)
     _record(entry, spec, True, ())
-    return entry.load()
+    return _load(entry)
 
 
 def _record(entry: Entry, spec: Spec, demanded: bool, refused: tuple[tuple[str, str], ...]) -> None:
@@ -224,6 +227,29 @@ def _record(entry: Entry, spec: Spec, demanded: bool, refused: tuple[tuple[str, 
 def report() -> list[Choice]:
     """Every distinct choice made so far, in the order made: the start-up kernel table."""
     return list(_choices.values())
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Inside the block `select` chooses and records as ever, but loads nothing: what it returns must not be called.
+
+    For plans of machines whose packages are not installed here.
+    """
+    _planning.append(True)
+    try:
+        yield
+    finally:
+        _planning.pop()
+
+
+def _load(entry: Entry) -> Callable[..., Any]:
+    return functools.partial(_refuse_to_run, entry) if _planning else entry.load()
+
+
+def _refuse_to_run(entry: Entry, *args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        f"{entry.op}/{entry.name} was chosen for a plan and cannot run; build the model outside planning()"
+    )
 
 
 def forget_choices() -> None:
