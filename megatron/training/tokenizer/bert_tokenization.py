@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.errors import DataError
+from megatron.training.tokenizer.memo import WordMemo
 
 UNKNOWN = "[UNK]"
 MAX_WORD_LENGTH = 200
-MAX_CACHED_WORDS = 1 << 20
-MAX_CACHED_WORD_LENGTH = 64
 ASCII_PUNCTUATION = r"!-/:-@\[-`{-~"  # as part of a character class
 CJK_RANGES = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
@@ -192,22 +190,6 @@ class WordpieceTokenizer:
         return pieces
 
 
-class _Memo(dict[str, list[int]]):
-    """Text -> ids by a function, remembered for short texts as long as there are not too many."""
-
-    def __init__(self, encode: Callable[[str], list[int]]) -> None:
-        super().__init__()
-        self.encode = encode
-
-    def __missing__(self, text: str) -> list[int]:
-        ids = self.encode(text)
-        if len(text) <= MAX_CACHED_WORD_LENGTH:
-            if len(self) >= MAX_CACHED_WORDS:
-                self.clear()
-            self[text] = ids
-        return ids
-
-
 class FullTokenizer:
     """Basic tokenization, then WordPiece."""
 
@@ -218,8 +200,8 @@ class FullTokenizer:
         self.basic_tokenizer = BasicTokenizer(do_lower_case)
         self.wordpiece_tokenizer = WordpieceTokenizer(self.vocab)
         self._lower_case = do_lower_case
-        self._word_ids = _Memo(lambda w: self.convert_tokens_to_ids(self.wordpiece_tokenizer.pieces(w)))
-        self._stretch_ids = _Memo(lambda stretch: list(self._ids_of_words(stretch)))
+        self._word_ids = WordMemo(lambda w: self.convert_tokens_to_ids(self.wordpiece_tokenizer.pieces(w)))
+        self._stretch_ids = WordMemo(self._ids_of_words)
         self._find_controls = re.compile(
             r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
         )  # dropped: their sides join
@@ -238,19 +220,13 @@ class FullTokenizer:
         """
         if self._find_controls.search(text):
             text = self._find_controls.sub("", text)
-        if text.isascii():
-            ids = self._ids_of_words(text)
-        else:
-            ids = chain.from_iterable(map(self._stretch_ids.__getitem__, text.split()))
-        return numpy.fromiter(ids, dtype=numpy.int32)
+        return self._ids_of_words(text) if text.isascii() else self._stretch_ids.ids(text.split())
 
-    def _ids_of_words(self, text: str) -> Iterator[int]:
+    def _ids_of_words(self, text: str) -> numpy.ndarray:
         """Ids of a text without control characters."""
         if text.isascii():
-            words = self._ascii_words(text.lower() if self._lower_case else text)
-        else:
-            words = self.basic_tokenizer.tokenize(text)
-        return chain.from_iterable(map(self._word_ids.__getitem__, words))
+            return self._word_ids.ids(self._ascii_words(text.lower() if self._lower_case else text))
+        return self._word_ids.ids(self.basic_tokenizer.tokenize(text))
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
         """Pieces to ids. DataError when the vocabulary lacks one, which can only be `[UNK]`."""

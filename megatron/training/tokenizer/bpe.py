@@ -8,19 +8,17 @@ import os
 import sys
 import warnings
 from heapq import heapify, heappop, heappush
-from itertools import chain
 from types import ModuleType
 from typing import Protocol
 
 import numpy
 
 from megatron.core.errors import FlagError
+from megatron.training.tokenizer.memo import WordMemo
 
 PRETOKEN_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # Radford et al. 2019
 )
-MAX_CACHED_WORDS = 1 << 20
-MAX_CACHED_WORD_LENGTH = 64
 Ranks = dict[tuple[str, ...], int]  # pair of pieces -> priority, lowest first; other lengths never match
 ENGINES = ("auto", "gigatoken", "python")
 
@@ -84,23 +82,6 @@ def merge_word(word: str, ranks: Ranks) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-class _WordIds(dict[str, list[int]]):
-    """Word -> ids, filled on demand and bounded, so that memory does not grow with the corpus."""
-
-    def __init__(self, vocab: dict[str, int], ranks: Ranks) -> None:
-        super().__init__()
-        self.vocab, self.ranks, self.stand_in = vocab, ranks, bytes_to_unicode()
-
-    def __missing__(self, word: str) -> list[int]:
-        mapped = "".join(map(self.stand_in.__getitem__, word.encode("utf-8")))
-        ids = [self.vocab.get(piece, 0) for piece in merge_word(mapped, self.ranks)]
-        if len(word) <= MAX_CACHED_WORD_LENGTH:
-            if len(self) >= MAX_CACHED_WORDS:
-                self.clear()
-            self[word] = ids
-        return ids
-
-
 class PythonEngine:
     """The definition itself, with a word cache: any merge table, any Unicode version."""
 
@@ -110,12 +91,17 @@ class PythonEngine:
         import regex
 
         self._split = regex.compile(PRETOKEN_PATTERN).findall
-        self._ids = _WordIds(vocab, ranks)
+        self._vocab, self._ranks = vocab, ranks
+        self._stand_in = bytes_to_unicode()
+        self._memo = WordMemo(self._word_ids)
 
     def encode(self, text: str) -> numpy.ndarray:
         """Ids [t] of `text`; UnicodeEncodeError for a lone surrogate, which has no UTF-8 bytes."""
-        ids = chain.from_iterable(map(self._ids.__getitem__, self._split(text)))
-        return numpy.fromiter(ids, dtype=numpy.int32)
+        return self._memo.ids(self._split(text))
+
+    def _word_ids(self, word: str) -> list[int]:
+        mapped = "".join(map(self._stand_in.__getitem__, word.encode("utf-8")))
+        return [self._vocab.get(piece, 0) for piece in merge_word(mapped, self._ranks)]
 
 
 class GigatokenEngine:
