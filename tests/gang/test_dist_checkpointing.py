@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,11 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
     ShardedTensorFactory,
 )
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -181,7 +178,9 @@ def _round_trips(root: str, flat_save: bool, flat_load: bool, parallel: bool) ->
     [
         (1, True, True, False),
         (2, True, False, False),
-        *[(4, *modes) for modes in itertools.product((False, True), repeat=3)],
+        (4, False, True, False),
+        (4, True, False, True),
+        (4, True, True, True),
     ],
 )
 def test_any_layout_to_any_layout(
@@ -216,3 +215,82 @@ def test_plain_pytorch_reads_the_weights(tmp_path: Path) -> None:
     assert metadata.mcore_data["moment.rows"] == {
         "nd_reformulated_orig_global_shape": (LAYERS, ROWS, COLUMNS)
     }
+
+
+def _save_pieces(directory: str, mistake: str) -> None:
+    """Two ranks, half a tensor each, with a mistake."""
+    rank = dist.get_rank()
+    if rank == 0:
+        Path(directory).mkdir()
+    position = 0 if mistake == "twice" else rank
+    replica = rank if mistake == "nobody" else 0
+    dtype = torch.float64 if mistake == "dtype" and rank else torch.float32
+    pieces = 3 if mistake == "fragments" and rank else 2
+    record = ShardedTensor.from_rank_offsets(
+        "weight", torch.zeros(4, dtype=dtype), (0, position, pieces), replica_id=replica
+    )
+    state: dict[str, Any] = {"w": record}
+    if mistake == "object":
+        state["o"] = ShardedObject("weight_object", rank, (3,), (rank,))
+    if mistake == "full" and rank == 1:
+        (Path(directory) / "__1_0.distcp").mkdir(parents=True, exist_ok=True)
+    dist_checkpointing.save(state, directory) if mistake != "full" else _save_into(state, directory)
+
+
+def _save_into(state: dict[str, Any], directory: str) -> None:
+    """The strategy alone, so that the destination may be prepared."""
+    TorchDistSaveShardedStrategy().save({"w": state["w"]}, Path(directory))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("twice", "weight: its pieces do not cover it exactly once"),
+        ("nobody", "no rank writes the piece"),
+        ("dtype", "the ranks disagree on its dtype"),
+        ("fragments", "the ranks disagree on its global_shape"),
+        ("object", "no rank writes the piece at"),
+        ("full", "__1_0.distcp"),
+    ],
+)
+def test_every_rank_learns_of_a_mistake(tmp_path: Path, mistake: str, message: str) -> None:
+    """Contradictory pieces, and a rank that cannot write its file, stop all ranks with the cause."""
+    with pytest.raises(GangError) as caught:
+        run_gang(2, _save_pieces, str(tmp_path / "ckpt"), mistake)
+    text = str(caught.value)
+    assert "2 of 2 ranks failed" in text
+    assert text.count(message) >= 2
+    assert not (tmp_path / "ckpt" / "metadata.json").exists()
+
+
+def _strictness(directory: str, mode: str) -> Any:
+    half = ShardedTensor.from_rank_offsets("weight", torch.zeros(4), (0, dist.get_rank(), 2))
+    if mode == "save":
+        if dist.get_rank() == 0:
+            Path(directory).mkdir()
+        spare = ShardedTensor.from_rank_offsets("spare", torch.ones(2), replica_id=dist.get_rank())
+        return dist_checkpointing.save({"w": half, "s": spare, "common": [1, {"two": 2}]}, directory)
+    extra = ShardedTensor.from_rank_offsets("absent", torch.zeros(2), replica_id=dist.get_rank())
+    loaded = dist_checkpointing.load({"w": half, "e": extra}, directory, strict=mode)
+    return loaded if isinstance(loaded, tuple) else (loaded,)
+
+
+def test_strictness(tmp_path: Path) -> None:
+    """Unexpected keys fail, are dropped or are returned, as the mode says; missing ones are seen by the `all` modes."""
+    directory = str(tmp_path / "ckpt")
+    run_gang(2, _strictness, directory, "save")
+    for mode, message in {
+        "assume_ok_unexpected": "does not contain absent",
+        "raise_unexpected": "unexpected keys (requested but not stored): absent",
+        "raise_all": "missing keys (stored but not requested): spare",
+        "sometimes": "Invalid strict flag sometimes",
+    }.items():
+        with pytest.raises(GangError, match=re.escape(message)):
+            run_gang(2, _strictness, directory, mode)
+    for mode in ("log_unexpected", "log_all", "ignore_all"):
+        for (state,) in run_gang(2, _strictness, directory, mode):
+            assert set(state) == {"w", "common"} and state["common"] == [1, {"two": 2}]
+    for state, missing, unexpected in run_gang(2, _strictness, directory, "return_all"):
+        assert (set(state), missing, unexpected) == ({"w", "common"}, {"spare"}, {"absent"})
+    for _, missing, unexpected in run_gang(2, _strictness, directory, "return_unexpected"):
+        assert (missing, unexpected) == (set(), {"absent"})
