@@ -208,7 +208,9 @@ def training_shapes(dtype: torch.dtype, heads: tuple[int, ...]) -> dict[str, Cal
             ids, t(16, wide), t(8, wide, kind=torch.float32)
         ),
     }
-    for width in heads:
+    for width in (
+        heads if dtype != torch.float32 else ()
+    ):  # the registry offers attention in half precision only
         table[f"attention_{width}"] = lambda w=width: attend(w, 0.0)
         table[f"attention_{width}_dropout"] = lambda w=width: attend(w, 0.1)
     if dtype == torch.float32:
