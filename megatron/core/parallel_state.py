@@ -6,6 +6,8 @@ an argument; the functions here serve user scripts and the few places where v0.9
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -51,6 +53,22 @@ _STATE = _State()
 def set_current(collection: ProcessGroupCollection) -> None:
     """Make a collection the one that the accessors and new modules use."""
     _STATE.collection = collection
+
+
+@contextmanager
+def standing_at(
+    collection: ProcessGroupCollection, virtual_rank: int | None = None, virtual_size: int | None = None
+) -> Iterator[None]:
+    """Inside the block be the rank that `collection` describes (by assumed sizes and ranks), to plan its model."""
+    global _STATE
+    before = _STATE
+    _STATE = _State(collection, virtual_rank, virtual_size)
+    if collection.layout is not None:
+        _STATE.decoder_start = collection.layout.encoder_pp or None
+    try:
+        yield
+    finally:
+        _STATE = before
 
 
 def get_current() -> ProcessGroupCollection:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,17 @@ def set_context(context: TrainContext) -> None:
     """Make `context` the current one."""
     global _CONTEXT
     _CONTEXT = context
+
+
+@contextmanager
+def using(context: TrainContext) -> Iterator[None]:
+    """Make `context` the current one inside the block."""
+    global _CONTEXT
+    before, _CONTEXT = _CONTEXT, context
+    try:
+        yield
+    finally:
+        _CONTEXT = before
 
 
 def has_context() -> bool:
