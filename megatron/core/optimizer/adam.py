@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron.core.kernels.registry import Spec, select
+from megatron.core.optimizer.untraced import Untraced
 
 _VECTOR_BYTES = 64
 """The widest vector of a CPU; torch's fused kernel treats what is left at the end of a tensor with other roundings."""
 
 
-class Adam(torch.optim.Optimizer):
+class Adam(Untraced):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101) and bias correction.
 
     The state is the one of the fused optimizers that GPU checkpoints were written with: `exp_avg` and `exp_avg_sq` per

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import ConfigError
@@ -18,6 +19,7 @@ from megatron.core.optimizer.mixed_precision import Float16OptimizerWithFloat16P
 from megatron.core.optimizer.optimizer import FP32Optimizer, MegatronOptimizer, init_optimizer_state
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import ParamCondition, get_param_groups
+from megatron.core.optimizer.untraced import Sgd
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
@@ -36,6 +38,8 @@ def get_megatron_optimizer(
     where `scale_lr_cond(name, param)` holds. Several are chained where expert parameters, or the first chunk of an
     overlapped update, need one of their own. Raises ConfigError for combinations that cannot work.
     """
+    if has_config_logger_enabled(config):
+        log_config_to_disk(config, locals(), prefix="get_megatron_optimizer")
     groups = parallel_state.resolve(pg_collection)
     parts: list[list[DistributedDataParallel]] = [list(model_chunks)]
     if config.overlap_param_gather_with_optimizer_step:
@@ -121,7 +125,7 @@ def _torch_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]]
             weight_decay=config.weight_decay,
         )
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
+        return Sgd(
             param_groups,
             lr=config.lr,
             weight_decay=config.weight_decay,
