@@ -11,8 +11,8 @@ def grouped_gemm_is_available() -> bool:
 
 
 def assert_grouped_gemm_is_available() -> None:
-    """AssertionError with the command to install it if the package is missing."""
+    """AssertionError with the way out if the package is missing."""
     assert grouped_gemm_is_available(), (
-        "grouped_gemm is not installed: pip install git+https://github.com/fanshiqing/grouped_gemm@v1.1.2, or run experts with "
-        "torch's matrix products, which need nothing"
+        "grouped_gemm is not installed: pip install grouped_gemm, or run the experts with torch's matrix products, "
+        "which need nothing"
     )
