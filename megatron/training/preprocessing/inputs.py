@@ -184,7 +184,7 @@ def _slices(number: int, path: str, low: int, high: int, offset: int, chunk_byte
             position = end
 
 
-def _open_stream(path: str) -> IO[bytes]:
+def _open_stream(path: str) -> Any:
     if path == STANDARD_INPUT:
         return sys.stdin.buffer
     if path.endswith(GZIP_SUFFIXES):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from megatron.core.datasets.files import map_readonly
 from megatron.core.datasets.indexed_dataset_builder import IndexedDatasetBuilder
 from megatron.core.datasets.token_files import get_bin_path, get_idx_path
 from megatron.core.errors import DataError
@@ -101,7 +102,11 @@ class RunOutput:
         return [path + INTERRUPTED for path in [*tokens, self.journal_path]]
 
     def _copy(self, paths: list[str], first: Record, records: Iterator[Record]) -> None:
-        sources = [numpy.memmap(path, self.dtype, "r") if os.path.getsize(path) else [] for path in paths]
+        size = self.dtype.itemsize
+        # A crash may have cut the last token in two; the view needs whole ones.
+        sources = [
+            content[: content.size // size * size].view(self.dtype) for content in map(map_readonly, paths)
+        ]
         starts = [0] * len(sources)
         record: Record | None = first
         while record is not None:

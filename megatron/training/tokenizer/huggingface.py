@@ -28,6 +28,7 @@ class _HuggingFaceTokenizer(MegatronTokenizer):
                 "needs the package transformers",
                 "pip install transformers",
             ) from error
+        self._tokenizer: Any
         if os.path.isfile(pretrained_model_name_or_path):
             self._tokenizer = transformers.PreTrainedTokenizerFast(
                 tokenizer_file=pretrained_model_name_or_path,
