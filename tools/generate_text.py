@@ -51,6 +51,13 @@ def main() -> None:
     model = get_model(model_provider, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
     prompts = [tokenizer.tokenize(prompt) or [tokenizer.eod] for prompt in args.prompt]
+    tokens = len(prompts) * (max(map(len, prompts)) + args.out_seq_length)
+    if tokens > args.max_tokens_to_oom:
+        raise FlagError(
+            "--max-tokens-to-oom",
+            f"{len(prompts)} rows of prompt and answer would hold {tokens} tokens, the limit is {args.max_tokens_to_oom}",
+            "give fewer or shorter prompts, or raise the limit",
+        )
     rows = generate_tokens(
         model[0],
         prompts,

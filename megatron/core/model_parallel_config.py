@@ -65,22 +65,28 @@ class ModelParallelConfig:
         help="Do not overlap the tensor-parallel gradient reduction with the weight-gradient product.")
     use_te_rng_tracker: bool = from_args("use_te_rng_tracker", False)
     tp_comm_overlap: bool = flag(
-        False, group="training", status="gpu",
+        False, group="training", status="unsupported",
+        reason="it needs Transformer Engine's user buffers between CUDA devices, which no run starts yet",
         help="Overlap tensor-parallel communication with matrix products through Transformer Engine's user buffers.")
     tp_comm_bulk_wgrad: bool = flag(
-        True, off="--disable-tp-comm-bulk-wgrad", group="training", status="gpu",
+        True, off="--disable-tp-comm-bulk-wgrad", group="training", status="noop",
+        reason="it details --tp-comm-overlap, which is not supported",
         help="With --tp-comm-overlap: no bulk overlap of the reduce-scatter with the weight-gradient product.")
     tp_comm_bulk_dgrad: bool = flag(
-        True, off="--disable-tp-comm-bulk-dgrad", group="training", status="gpu",
+        True, off="--disable-tp-comm-bulk-dgrad", group="training", status="noop",
+        reason="it details --tp-comm-overlap, which is not supported",
         help="With --tp-comm-overlap: no bulk overlap of the all-gather with the data-gradient product.")
     tp_comm_overlap_ag: bool = flag(
-        True, off="--disable-tp-comm-overlap-ag", group="training", status="gpu",
+        True, off="--disable-tp-comm-overlap-ag", group="training", status="noop",
+        reason="it details --tp-comm-overlap, which is not supported",
         help="With --tp-comm-overlap: do not overlap the all-gather with the product that consumes it.")
     tp_comm_overlap_rs: bool = flag(
-        True, off="--disable-tp-comm-overlap-rs", group="training", status="gpu",
+        True, off="--disable-tp-comm-overlap-rs", group="training", status="noop",
+        reason="it details --tp-comm-overlap, which is not supported",
         help="With --tp-comm-overlap: do not overlap the reduce-scatter with the product that feeds it.")
     tp_comm_overlap_rs_dgrad: bool = flag(
-        False, group="training", status="gpu",
+        False, group="training", status="noop",
+        reason="it details --tp-comm-overlap, which is not supported",
         help="With --tp-comm-overlap: overlap the reduce-scatter with the data-gradient product.")
     tp_comm_split_ag: bool = flag(
         True, off="--disable-tp-comm-split-ag", group="training", status="noop",

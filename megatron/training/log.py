@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron.core import device
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.aux_losses import track_moe_metrics
 from megatron.training.context import TrainContext
 from megatron.training.flops import dense_peak_tflops, throughput_tflops
 from megatron.training.global_vars import get_context
@@ -106,6 +107,12 @@ def training_log(
             ctx.tensorboard.add_scalar("mem-reserved-bytes", stats["reserved_bytes"], iteration)
             ctx.tensorboard.add_scalar("mem-allocated-bytes", stats["allocated_bytes"], iteration)
             ctx.tensorboard.add_scalar("mem-allocated-count", stats["allocated_count"], iteration)
+
+    if args.num_experts is not None:
+        scale = 1.0 / get_num_microbatches()
+        track_moe_metrics(
+            scale, iteration, ctx.tensorboard, ctx.wandb, total_loss_dict, args.moe_per_layer_logging
+        )
 
     if iteration % args.log_interval:
         return report_memory_flag

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.distributed.buckets import default_bucket_size
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import (
@@ -49,6 +50,8 @@ class DistributedDataParallel(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
+        if has_config_logger_enabled(config):
+            log_config_to_disk(config, locals())
         self.module = module
         self.ddp_config = ddp_config
         self.pg_collection = parallel_state.resolve(pg_collection)

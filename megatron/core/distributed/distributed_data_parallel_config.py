@@ -40,6 +40,7 @@ class DistributedDataParallelConfig:
         False, on="--ddp-average-in-collective", dest="ddp_average_in_collective", group="distributed",
         help="Average gradients inside the collective instead of scaling them before it.")
     fp8_param_gather: bool = flag(
-        False, group="Transformer-Engine", status="gpu",
+        False, group="Transformer-Engine", status="unsupported",
+        reason="parameters are kept and gathered in the model's precision",
         help="Keep and gather the distributed optimizer's updated parameters in fp8.")
     # fmt: on

@@ -94,7 +94,9 @@ class DotProductAttention(MegatronModule):
         demand = registry.Demand("flash_attn", "--use-flash-attn") if config.use_flash_attn else None
         if self.context_parallel_size > 1:
             return choose_attention(config.context_parallel_algo, spec, self.context_parallel_group, demand)
-        attend = registry.select("core_attention", spec, demand=demand)
+        # Without the fusion attention is v0.9's sequence of plain operations.
+        allow = None if config.masked_softmax_fusion else ("matmul_softmax",)
+        attend = registry.select("core_attention", spec, allow=allow, demand=demand)
         if attend is matmul_softmax:
             # The others keep scores in fp32, where neither setting changes anything.
             coefficient = float(self.layer_number) if config.apply_query_key_layer_scaling else 1.0

@@ -113,7 +113,7 @@ class TransformerConfig(ModelParallelConfig):
     bias_activation_fusion: bool = computed(False, _bias_activation_fusion)
     masked_softmax_fusion: bool = flag(
         False, cli_default=True, off="--no-masked-softmax-fusion", group="training",
-        help="Do not use the fused scale+mask+softmax.")
+        help="Compute attention as separate products, mask and softmax instead of one kernel.")
     persist_layer_norm: bool = flag(
         False, cli_default=True, off="--no-persist-layer-norm", dest="no_persist_layer_norm", inverted=True,
         group="training", status="gpu", help="Do not use the persistent layer-norm kernel.")
@@ -139,20 +139,27 @@ class TransformerConfig(ModelParallelConfig):
         help="With full recomputation: divide the saved inputs over the tensor-parallel ranks.")
 
     fp8: str | None = flag(
-        None, on="--fp8-format", parse=None, choices=("e4m3", "hybrid"), group="Transformer-Engine", status="gpu",
+        None, on="--fp8-format", parse=None, choices=("e4m3", "hybrid"), group="Transformer-Engine",
+        status="unsupported", reason="layers run in fp32, fp16 or bf16",
         help="Number format of fp8 training; hybrid takes e4m3 forward and e5m2 backward.")
     fp8_margin: int = flag(
-        0, group="Transformer-Engine", status="gpu", help="Powers of two kept free above the fp8 scale.")
+        0, group="Transformer-Engine", status="noop",
+        reason="it details --fp8-format, which is not supported",
+        help="Powers of two kept free above the fp8 scale.")
     fp8_interval: int = flag(
         1, group="Transformer-Engine", status="noop", reason="Transformer Engine dropped the setting",
         help="Steps between updates of the fp8 scale.")
     fp8_amax_history_len: int = flag(
-        1, group="Transformer-Engine", status="gpu", help="Steps whose maxima the fp8 scale is taken from.")
+        1, group="Transformer-Engine", status="noop",
+        reason="it details --fp8-format, which is not supported",
+        help="Steps whose maxima the fp8 scale is taken from.")
     fp8_amax_compute_algo: str = flag(
-        "most_recent", parse=None, choices=("most_recent", "max"), group="Transformer-Engine", status="gpu",
+        "most_recent", parse=None, choices=("most_recent", "max"), group="Transformer-Engine", status="noop",
+        reason="it details --fp8-format, which is not supported",
         help="How the fp8 scale follows from that history.")
     fp8_wgrad: bool = flag(
-        True, off="--no-fp8-wgrad", group="Transformer-Engine", status="gpu",
+        True, off="--no-fp8-wgrad", group="Transformer-Engine", status="noop",
+        reason="it details --fp8-format, which is not supported",
         help="Compute weight gradients in higher precision even with fp8.")
     fp8_dot_product_attention: bool = from_args("fp8_dot_product_attention", False)
     fp8_multi_head_attention: bool = from_args("fp8_multi_head_attention", False)

@@ -30,7 +30,8 @@ class CheckpointConfig:
     non_persistent_save_interval: int | None = flag(
         None, group="checkpointing", help="Steps between checkpoints of which only the newest is kept.")
     non_persistent_ckpt_type: str | None = flag(
-        None, choices=("global", "local", "in_memory", None), group="checkpointing",
+        None, choices=("global", "local", "in_memory", None), group="checkpointing", status="noop",
+        reason="global is the only kind there is",
         help="Kind of those checkpoints: `global` is a distributed one on a shared file system.")
     non_persistent_global_ckpt_dir: str | None = flag(
         None, group="checkpointing", help="Directory for those of kind global; default a folder inside --save.")
@@ -54,7 +55,8 @@ class CheckpointConfig:
         False, on="--use-dist-ckpt", group="checkpointing", status="noop", reason="another flag decides",
         instead="--ckpt-format", help="Old way to choose the distributed format.")
     auto_detect_ckpt_format: bool = flag(
-        False, group="checkpointing", help="Find out the format of the checkpoint to load by looking at it.")
+        False, group="checkpointing", status="noop", reason="the format is always found out",
+        help="Find out the format of the checkpoint to load by looking at it.")
     dist_ckpt_format_deprecated: str | None = flag(
         None, on="--dist-ckpt-format", parse=None, group="checkpointing", status="noop",
         reason="another flag decides", instead="--ckpt-format", help="Old name of --ckpt-format.")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.inference_params import InferenceParams
@@ -90,6 +91,8 @@ class T5Model(LanguageModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
+        if has_config_logger_enabled(config):
+            log_config_to_disk(config, locals())
         self.encoder_config = encoder_config
         self.transformer_encoder_layer_spec = transformer_encoder_layer_spec
         self.transformer_decoder_layer_spec = transformer_decoder_layer_spec

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import tensor_parallel
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.enums import ModelType
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.bert.bert_lm_head import BertLMHead
@@ -56,6 +57,8 @@ class BertModel(LanguageModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
+        if has_config_logger_enabled(config):
+            log_config_to_disk(config, locals())
         if return_embeddings and not (post_process and add_binary_head):
             raise ValueError(
                 "return_embeddings needs the last stage (post_process) of a model with a binary head"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import tensor_parallel
+from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
 from megatron.core.inference_params import InferenceParams
@@ -52,6 +53,8 @@ class GPTModel(LanguageModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
+        if has_config_logger_enabled(config):
+            log_config_to_disk(config, locals())
         self.transformer_layer_spec = transformer_layer_spec
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length

@@ -126,12 +126,6 @@ def order_has_three_axes(args: Any) -> bool:
     return not args.use_tp_pp_dp_mapping or args.context_parallel_size * args.expert_model_parallel_size <= 1
 
 
-@rule(GIVEN, "--tp-comm-overlap", "--sequence-parallel", bad="--tp-comm-overlap",
-      why="it overlaps the gathers and scatters of sequence parallelism", fix="add --sequence-parallel")
-def tensor_overlap_needs_sequence_parallel(args: Any) -> bool:
-    return not args.tp_comm_overlap or args.sequence_parallel
-
-
 @rule(GIVEN, "--overlap-param-gather", "--use-distributed-optimizer", bad="--overlap-param-gather",
       why="only the distributed optimizer gathers parameters", fix="add --use-distributed-optimizer")
 def param_gather_needs_distributed_optimizer(args: Any) -> bool:
@@ -169,12 +163,6 @@ def early_gather_needs_chunks(args: Any) -> bool:
       why="its optimizer, one per model chunk, cannot be saved as {a.ckpt_format}", fix="add --ckpt-format torch")
 def early_gather_needs_plain_checkpoints(args: Any) -> bool:
     return not args.overlap_param_gather_with_optimizer_step or args.ckpt_format == "torch"
-
-
-@rule(GIVEN, "--fp8-param-gather", "--use-distributed-optimizer", bad="--fp8-param-gather",
-      why="only the distributed optimizer gathers parameters", fix="add --use-distributed-optimizer")
-def fp8_gather_needs_distributed_optimizer(args: Any) -> bool:
-    return not args.fp8_param_gather or args.use_distributed_optimizer
 
 
 @rule(DERIVED, "--ddp-bucket-size", bad="--ddp-bucket-size 0", why="buckets of {a.ddp_bucket_size} parameters hold none",

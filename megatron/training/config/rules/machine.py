@@ -80,9 +80,3 @@ def nccl_needs_cuda(args: Any) -> bool:
       why="the flash-attn package needs a CUDA device", fix="drop the flag; attention is fused without it", device="cpu")
 def flash_attention_needs_cuda(args: Any) -> bool:
     return not args.use_flash_attn
-
-
-@rule(GIVEN, "--fp8-format", bad="--fp8-format hybrid",
-      why="fp8 matrix products need a CUDA device", fix="drop the flag", device="cpu")
-def fp8_needs_cuda(args: Any) -> bool:
-    return args.fp8 is None

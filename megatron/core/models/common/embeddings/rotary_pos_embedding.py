@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import device, parallel_state
-from megatron.core.fusions.fused_rope import fused_rope
+from megatron.core.fusions.fused_rope import fused_rope, rope_eager
 from megatron.core.inference_params import InferenceParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -167,4 +167,5 @@ def apply_rotary_pos_emb(
     t: Tensor, freqs: Tensor, config: TransformerConfig, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """Rotate t [s, b, np, hn], or with cu_seqlens packed documents [tokens, np, hn], by angles [s, 1, 1, d]."""
-    return fused_rope(t, freqs, config.rotary_interleaved, cu_seqlens)
+    rotate = fused_rope if config.apply_rope_fusion else rope_eager
+    return rotate(t, freqs, config.rotary_interleaved, cu_seqlens)
