@@ -16,7 +16,6 @@ def test_all_suites_under_the_interpreter() -> None:
             sys.executable,
             "-m",
             "pytest",
-            "-q",
             "-x",
             "-p",
             "no:cacheprovider",
