@@ -64,7 +64,15 @@ def tokenizer(args: Namespace, built: Any) -> list[str]:
 
 def kernels() -> list[str]:
     """Which implementation of each operation runs, and why not a faster one."""
-    return ["> kernels:", *(f">   {row}" for row in registry.report())]
+    lines = ["> kernels:"]
+    for choice in registry.report():
+        dtype = str(choice.spec.dtype).removeprefix("torch.")
+        line = f">   {choice.op} ({dtype}): {choice.chosen}"
+        if choice.demanded:
+            line += ", as demanded"
+        lines.append(line)
+        lines += [f">     not {name}: {reason}" for name, reason in choice.refused]
+    return lines
 
 
 def datasets(splits: Any) -> list[str]:
@@ -78,10 +86,16 @@ def datasets(splits: Any) -> list[str]:
         weights = getattr(dataset, "weights", [1.0])
         for part, weight in zip(parts, weights):
             path = getattr(part, "dataset_path", None)
-            epochs = getattr(part, "num_epochs", None)
+            epochs = _epochs(part)
             text = f">   {path or 'synthetic'}: weight {weight:.4g}, {len(part)} samples"
             lines.append(text if epochs is None else f"{text}, {epochs} epoch(s)")
     return lines
+
+
+def _epochs(dataset: Any) -> int | None:
+    """How often a dataset runs through its documents, where it does so in whole epochs."""
+    order, documents = getattr(dataset, "document_index", None), getattr(dataset, "indices", None)
+    return None if order is None or documents is None or not len(documents) else len(order) // len(documents)
 
 
 def schedule(args: Namespace, scheduler: OptimizerParamScheduler) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import sys
 import tempfile
 from argparse import Namespace
@@ -33,6 +34,8 @@ def run_script(argv: list[str], script: str = "pretrain_gpt") -> str:
     """Body: run an entry script in this process; returns what it printed. An exit with status 0 is a good end."""
     module = importlib.import_module(script)
     printed = io.StringIO()
+    if "--metrics-file" not in argv and "--save" not in argv:
+        argv = [*argv, "--metrics-file", os.devnull]
     with mock.patch.object(sys, "argv", [f"{script}.py", *argv]), contextlib.redirect_stdout(printed):
         try:
             module.run()
