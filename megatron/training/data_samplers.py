@@ -82,6 +82,9 @@ def build_data_loader(
         num_workers=num_workers,
         pin_memory=device.available(),
         persistent_workers=num_workers > 0,
+        # Iterators draw their workers' seed. From the default generator that would give the one tensor-parallel rank which
+        # reads other dropout masks than its peers (on the CPU, where it is the device's generator too).
+        generator=torch.Generator(),
     )
 
 
