@@ -8,13 +8,15 @@ HERE = Path(__file__).parent
 PACKAGE_INFO: dict[str, str] = {}
 exec((HERE / "megatron/core/package_info.py").read_text(encoding="utf-8"), PACKAGE_INFO)
 
-TOKENIZERS = ["tokenizers", "sentencepiece", "tiktoken", "regex"]
+#: The fast byte-level BPE engine where it has a wheel; elsewhere a slower one gives the same ids.
+GIGATOKEN = "gigatoken>=0.10; platform_machine in 'x86_64 AMD64 aarch64 arm64'"
 EXTRAS = {
     "gpu": ["triton"],
     "te": ["transformer-engine[pytorch]"],
     "flash-attn": ["flash-attn"],
     "eval": ["transformers", "safetensors", "nltk"],
-    "data": ["zstandard", "pyarrow", "fsspec", "nltk"],
+    "data": ["pyarrow", "fsspec", "nltk"],
+    "tokenizers": ["sentencepiece", "protobuf", "tiktoken", "transformers"],
     "wandb": ["wandb"],
     "plot": ["matplotlib"],
     "ray": ["ray"],
@@ -24,6 +26,7 @@ EXTRAS["dev"] = sorted(
         *EXTRAS["eval"],
         *EXTRAS["data"],
         *EXTRAS["plot"],
+        *EXTRAS["tokenizers"],
         *EXTRAS["gpu"],
         "hypothesis",
         "import-linter",
@@ -43,14 +46,15 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
     py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5"],
-    install_requires=["torch>=2.6", "numpy", "tqdm", "pyyaml", "tensorboard", *TOKENIZERS],
+    install_requires=["torch>=2.6", "numpy", "tqdm", "pyyaml", "tensorboard", "regex", "tokenizers", GIGATOKEN],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
             "pretrain-gpt = pretrain_gpt:main",
             "pretrain-bert = pretrain_bert:main",
             "pretrain-t5 = pretrain_t5:main",
-            "preprocess-data = megatron.training.preprocessing.cli:main",
+            "preprocess-data = megatron.training.preprocessing.pipeline:main",
+            "train-tokenizer = megatron.training.preprocessing.vocabulary:main",
         ]
     },
 )
