@@ -150,9 +150,13 @@ def key_fallbacks(key: str) -> list[str]:
 
 
 def _same_layout(saved: Any) -> bool:
-    ours = (mpu.get_tensor_model_parallel_world_size(), mpu.get_pipeline_model_parallel_world_size())
-    theirs = tuple(
-        getattr(saved, name, None) for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    encoder = mpu.get_pipeline_model_parallel_decoder_start() or 0
+    decoder = mpu.get_pipeline_model_parallel_world_size() - encoder
+    ours = (mpu.get_tensor_model_parallel_world_size(), decoder, encoder)
+    theirs = (
+        getattr(saved, "tensor_model_parallel_size", None),
+        getattr(saved, "pipeline_model_parallel_size", None),
+        getattr(saved, "encoder_pipeline_model_parallel_size", None) or 0,
     )
     return ours == theirs
 
