@@ -38,9 +38,9 @@ EXTRAS["dev"] = sorted(
 )
 
 setup(
-    name="megatron-cli",
+    name=PACKAGE_INFO["__package_name__"],
     version=PACKAGE_INFO["__version__"],
-    description="Megatron-style pretraining that runs every parallel layout on a laptop and on a cluster",
+    description=PACKAGE_INFO["__description__"],
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
