@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy
 import pytest
 import torch
 
+import pretrain_bert
+from megatron.core.errors import FlagError
+from megatron.training import arguments
+from megatron.training.config import rules
 from tests.gang.harness import run_gang
-from tests.runs.pretraining import Observed, compare, observe
+from tests.runs.pretraining import Observed, compare, observe, records
+from tests.runs.test_resume import assert_same_runs, stop_and_resume
 
 DATA = Path(__file__).resolve().parents[1] / "golden" / "data"
 STEPS = 3
@@ -95,3 +103,90 @@ def check(case: str, cache: str, dtype: torch.dtype | None, bound: float) -> Non
             error, where = getattr(worst, what)
             assert error <= bound, f"rank {rank}: {what} differs by {error:.2e} at {where}"
         assert not worst.zeros, f"rank {rank}: number of zeros at {worst.zeros}"
+
+
+#: Overrides what the parity runs have: dropout, twice the steps, evaluation on the way.
+RESUME = "--attention-dropout 0.1 --hidden-dropout 0.1 --train-iters 6 --eval-iters 1 --eval-interval 2 --save-interval 3"
+RESUMED = [
+    ("torch", 1, "--bf16"),
+    (
+        "torch_dist",
+        4,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --use-distributed-optimizer",
+    ),
+]
+
+
+@pytest.mark.parametrize(("ckpt_format", "ranks", "layout"), RESUMED)
+def test_resumed_run_is_the_uninterrupted_run(
+    tmp_path: Path, cache: str, ckpt_format: str, ranks: int, layout: str
+) -> None:
+    argv = flags(cache, layout) + RESUME.split() + ["--ckpt-format", ckpt_format]
+    run_gang(ranks, stop_and_resume, str(tmp_path), argv, SCRIPT)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def captured(argv: list[str]) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Body: what each call of the loss function got and gave, and what the run reported."""
+    calls: list[Any] = []
+    loss_func = pretrain_bert.loss_func
+
+    def watched(loss_mask: Any, order: Any, output: Any) -> Any:
+        loss, parts = loss_func(loss_mask, order, output)
+        tensors = [t.detach().double().numpy() for t in (loss_mask, order, *output)]
+        calls.append((tensors, loss.item(), {name: value.item() for name, value in parts.items()}))
+        return loss, parts
+
+    with mock.patch.object(pretrain_bert, "loss_func", watched):
+        return calls, records(argv, SCRIPT)
+
+
+def test_losses_are_means_over_masked_words_and_over_pairs(cache: str) -> None:
+    """Each micro-batch: mean over masked words, plus the cross entropy of pairs; the log averages over all."""
+    results = run_gang(2, captured, flags(cache))
+    steps = [line for line in results[1][1] if line["kind"] == "train"]
+    assert len(steps) == STEPS and len(results[0][0]) == 2 * STEPS
+    reported: dict[str, list[float]] = {"lm loss": [], "sop loss": []}
+    for calls in zip(results[0][0], results[1][0]):
+        expected = [by_hand(*call[0]) for call in calls]
+        for (_, loss, parts), own in zip(calls, expected):
+            assert loss == pytest.approx(sum(own.values()), rel=1e-6)
+            for name, values in reported.items():
+                assert parts[name] == pytest.approx(sum(e[name] for e in expected) / 2, rel=1e-6)
+                values.append(own[name])
+    for index, line in enumerate(steps):
+        for name, values in reported.items():
+            assert line[name] == pytest.approx(sum(values[4 * index : 4 * index + 4]) / 4, rel=1e-6)
+
+
+def by_hand(mask: Any, order: Any, per_token: Any, logits: Any) -> dict[str, float]:
+    log_p = logits - numpy.log(numpy.exp(logits).sum(1, keepdims=True))
+    return {
+        "lm loss": (per_token * mask).sum() / mask.sum(),
+        "sop loss": -log_p[numpy.arange(len(order)), order.astype(int)].mean(),
+    }
+
+
+@pytest.mark.parametrize("rule", rules.BERT, ids=lambda rule: rule.bad)
+def test_refuses_what_it_cannot_do(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(rule, COMMON, rules.BERT, monkeypatch)
+
+
+def refused(rule: Any, common: str, all_rules: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line that breaks `rule` and no other; without what breaks it, none is broken."""
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    for bad in ("", rule.bad):
+        words = common.split()
+        for word in bad.split():
+            if word.startswith("-") and not word.startswith("--"):
+                at = words.index("-" + word)
+                del words[at : at + 2]
+            else:
+                words.append(word)
+        args = arguments.validate_args(arguments.parse_args(argv=words))
+        if not bad:
+            rules.check(args, all_rules)
+            continue
+        with pytest.raises(FlagError) as error:
+            rules.check(args, all_rules)
+        assert error.value.subject == ", ".join(rule.flags)

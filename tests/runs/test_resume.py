@@ -35,14 +35,14 @@ LAYOUTS = {
 }
 
 
-def stop_and_resume(folder: str, argv: list[str]) -> None:
+def stop_and_resume(folder: str, argv: list[str], script: str = "pretrain_gpt") -> None:
     """Body: one run to the end in `whole`; another that stops half way in `parts`, and goes on from there."""
     whole, parts = Path(folder) / "whole", Path(folder) / "parts"
-    run_script([*argv, "--save", str(whole)])
+    run_script([*argv, "--save", str(whole)], script)
     forget()
-    run_script([*argv, "--save", str(parts), "--exit-interval", str(STOP)])
+    run_script([*argv, "--save", str(parts), "--exit-interval", str(STOP)], script)
     forget()
-    run_script([*argv, "--save", str(parts), "--load", str(parts)])
+    run_script([*argv, "--save", str(parts), "--load", str(parts)], script)
 
 
 def forget() -> None:
@@ -85,7 +85,11 @@ def test_resumed_run_is_the_uninterrupted_run(
     ranks, flags = LAYOUTS[layout]
     argv = (COMMON + flags + PRECISIONS[precision] + f"--ckpt-format {ckpt_format}").split()
     run_gang(ranks, stop_and_resume, str(tmp_path), argv)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def assert_same_runs(whole: Path, parts: Path) -> None:
+    """Two runs logged the same numbers and saved the same bits at their end."""
     assert log_of(parts) == log_of(whole)
     final = f"iter_{STEPS:07d}"
     names = sorted(str(p.relative_to(whole)) for p in (whole / final).rglob("*") if p.is_file())

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import pretrain_t5
+from megatron.training.config import rules
 from tests.gang.harness import run_gang
 from tests.runs.pretraining import Observed, compare, observe
+from tests.runs.test_bert import refused
+from tests.runs.test_resume import assert_same_runs, stop_and_resume
+from tests.unit.datasets.support import recorded_samples
 
 DATA = Path(__file__).resolve().parents[1] / "golden" / "data"
 STEPS = 3
@@ -100,3 +106,37 @@ def check(case: str, cache: str, dtype: torch.dtype | None, bound: float) -> Non
             error, where = getattr(worst, what)
             assert error <= bound, f"rank {rank}: {what} differs by {error:.2e} at {where}"
         assert not worst.zeros, f"rank {rank}: number of zeros at {worst.zeros}"
+
+
+#: Overrides what the parity runs have: dropout, twice the steps, evaluation on the way.
+RESUME = "--attention-dropout 0.1 --hidden-dropout 0.1 --train-iters 6 --eval-iters 1 --eval-interval 2 --save-interval 3"
+RESUMED = [
+    ("torch", 1, EVEN + "--bf16"),
+    ("torch_dist", 4, EVEN + "--tensor-model-parallel-size 2 --use-distributed-optimizer " + ENC1 + "1"),
+]
+
+
+@pytest.mark.parametrize(("ckpt_format", "ranks", "layout"), RESUMED)
+def test_resumed_run_is_the_uninterrupted_run(
+    tmp_path: Path, cache: str, ckpt_format: str, ranks: int, layout: str
+) -> None:
+    argv = flags(cache, layout) + RESUME.split() + ["--ckpt-format", ckpt_format]
+    run_gang(ranks, stop_and_resume, str(tmp_path), argv, SCRIPT)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("rule", rules.T5, ids=lambda rule: rule.bad)
+def test_refuses_what_it_cannot_do(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(rule, COMMON + EVEN, rules.T5, monkeypatch)
+
+
+def test_masks_are_those_of_recorded_samples() -> None:
+    """The masks that get_batch makes from the tokens hide what the recorded datasets' masks hide."""
+    samples = {key: torch.tensor(value) for key, value in recorded_samples("t5", "default", "train").items()}
+    encoder, decoder = samples["text_enc"] >= 1, samples["text_dec"] >= 1
+    assert torch.equal(pretrain_t5.hidden_pairs(encoder, encoder), samples["enc_mask"] < 0.5)
+    assert torch.equal(pretrain_t5.hidden_pairs(decoder, encoder), samples["enc_dec_mask"] < 0.5)
+    # The decoder gets no mask but looks left: the same for every token that is not padding.
+    left = torch.ones_like(samples["dec_mask"][0]).tril().bool()
+    for real, mask in zip(decoder, samples["dec_mask"]):
+        assert torch.equal(left[real], mask[real].bool())
