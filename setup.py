@@ -46,7 +46,16 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
     py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5"],
-    install_requires=["torch>=2.6", "numpy", "tqdm", "pyyaml", "tensorboard", "regex", "tokenizers", GIGATOKEN],
+    install_requires=[
+        "torch>=2.6",
+        "numpy",
+        "tqdm",
+        "pyyaml",
+        "tensorboard",
+        "regex",
+        "tokenizers",
+        GIGATOKEN,
+    ],
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [

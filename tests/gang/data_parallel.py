@@ -29,9 +29,7 @@ class Network(torch.nn.Module):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         torch.manual_seed(7)
-        self.layers = torch.nn.ModuleList(
-            torch.nn.Linear(a, b, dtype=dtype) for a, b in pairwise(WIDTHS)
-        )
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b, dtype=dtype) for a, b in pairwise(WIDTHS))
         self.norm = torch.nn.LayerNorm(WIDTHS[1], dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -157,7 +157,11 @@ def _broadcast() -> tuple[list[str], list[str], bool]:
     drifted = [name for name, ranks in differing_parameters([model]) if ranks == [1]]
     model.broadcast_params()
     left = [name for name, _ in differing_parameters([model])]
-    return drifted, left, torch.equal(model.module.layers[1].weight, dp.Network(torch.float32).layers[1].weight)
+    return (
+        drifted,
+        left,
+        torch.equal(model.module.layers[1].weight, dp.Network(torch.float32).layers[1].weight),
+    )
 
 
 def test_broadcast_mends_a_drifted_replica():

@@ -139,11 +139,7 @@ class _Link:
         self._inbox: dict[Message, tuple[p2p.Transfer, slice]] = {}
         self._outbox: dict[Message, Tensors] = {}
         self._unfinished: p2p.Transfer | None = None
-        self._ranks = (
-            dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
-            if job.geometry.stages > 1
-            else []
-        )
+        self._ranks = dist.get_process_group_ranks(p2p.pipeline_group()) if job.geometry.stages > 1 else []
 
     def take(self, op: Op) -> Tensors:
         """The input of an operation: what a neighbour sent, or [None] at the ends of the pipeline."""
@@ -172,7 +168,8 @@ class _Link:
             for part, tensor in enumerate(tensors)
             if tensor is not None
         ]
-        receives, parts = [], {}
+        receives: list[p2p.Receive] = []
+        parts: dict[Message, slice] = {}
         for message in call.receives:
             # A gradient has the shapes of the activation that this stage sent; an activation those of its sender's.
             shapes = self._job.shapes_from(message.peer if message.kind == "F" else self._geometry.stage)
@@ -182,7 +179,7 @@ class _Link:
         transfer = p2p.start(
             sends,
             receives,
-            group=parallel_state.get_pipeline_model_parallel_group(),
+            group=p2p.pipeline_group(),
             dtype=p2p.pipeline_dtype(config),
             device=device.current(),
             announce_shapes=config.variable_seq_lengths,

@@ -92,8 +92,9 @@ def forward_step(
     the output is the loss to differentiate, divided by tokens and microbatches unless `config.calculate_per_token_loss`.
     """
     with _timed(config, "forward-compute"):
-        if is_first_microbatch and hasattr(model, "set_is_first_microbatch"):
-            model.set_is_first_microbatch()
+        tell_first: Callable[[], None] | None = getattr(model, "set_is_first_microbatch", None)
+        if is_first_microbatch and tell_first is not None:
+            tell_first()
         if current_microbatch is not None:
             set_current_microbatch(model, current_microbatch)
 

@@ -174,8 +174,8 @@ def _start_with_neighbours(
     from_prev: Shape | None = None,
     from_next: Shape | None = None,
 ) -> Transfer:
-    before = parallel_state.get_pipeline_model_parallel_prev_rank()
-    after = parallel_state.get_pipeline_model_parallel_next_rank()
+    before = _only(parallel_state.get_pipeline_model_parallel_prev_rank())
+    after = _only(parallel_state.get_pipeline_model_parallel_next_rank())
     sends = [Send(to_next, after, _TAG_FORWARD)] if to_next is not None else []
     sends += [Send(to_prev, before, _TAG_BACKWARD)] if to_prev is not None else []
     receives = [Receive(from_prev, before, _TAG_FORWARD)] if from_prev is not None else []
@@ -183,11 +183,29 @@ def _start_with_neighbours(
     return start(
         sends,
         receives,
-        group=parallel_state.get_pipeline_model_parallel_group(),
+        group=pipeline_group(),
         dtype=pipeline_dtype(config),
         device=device.current(),
         announce_shapes=config.variable_seq_lengths,
     )
+
+
+def _only(rank: int | list[int]) -> int:
+    if isinstance(rank, list):
+        raise ValueError(
+            "this rank belongs to several pipelines: encoder and decoder must have equal tensor sizes"
+        )
+    return rank
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """The pipeline of this rank; ValueError where an encoder rank feeds several decoder pipelines."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if isinstance(group, list):
+        raise ValueError(
+            "this rank belongs to several pipelines: encoder and decoder must have equal tensor sizes"
+        )
+    return group
 
 
 def pipeline_dtype(config: ModelParallelConfig) -> torch.dtype:
