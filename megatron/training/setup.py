@@ -24,7 +24,7 @@ from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config import build
 from megatron.training.context import TrainContext
 from megatron.training.global_vars import get_context
-from megatron.training.utils import print_rank_0, unwrap_model, update_use_dist_ckpt
+from megatron.training.utils import print_line, print_rank_0, unwrap_model, update_use_dist_ckpt
 
 ModelProvider = Callable[..., torch.nn.Module]
 
@@ -48,10 +48,7 @@ def get_model(
         tp = parallel_state.get_tensor_model_parallel_rank()
         pp = parallel_state.get_pipeline_model_parallel_rank()
         count = sum(param.nelement() for chunk in chunks for param in chunk.parameters())
-        print(
-            f" > number of parameters on (tensor, pipeline) model parallel rank ({tp}, {pp}): {count}",
-            flush=True,
-        )
+        print_line(f" > number of parameters on (tensor, pipeline) model parallel rank ({tp}, {pp}): {count}")
     chunks = [chunk.to(device.current()) for chunk in chunks]
     if args.fp16 or args.bf16:
         chunks = [Float16Module(get_model_config(chunk), chunk) for chunk in chunks]

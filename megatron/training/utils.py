@@ -42,10 +42,15 @@ __all__ = [
 ALL_MODULE_WRAPPER_CLASSNAMES = (DistributedDataParallel, Float16Module)
 
 
+def print_line(message: object) -> None:
+    """Print in one write, so that lines of ranks that share a terminal do not run into each other."""
+    print(f"{message}\n", end="", flush=True)
+
+
 def print_rank_0(message: object) -> None:
     """Print on rank 0, or always without torch.distributed."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(message, flush=True)
+        print_line(message)
 
 
 def is_last_rank() -> bool:
@@ -56,7 +61,7 @@ def is_last_rank() -> bool:
 def print_rank_last(message: object) -> None:
     """Print on the last rank, or always without torch.distributed."""
     if is_last_rank():
-        print(message, flush=True)
+        print_line(message)
 
 
 def unwrap_model(model: Any, module_instances: tuple[type, ...] = ALL_MODULE_WRAPPER_CLASSNAMES) -> Any:
@@ -116,7 +121,7 @@ def report_memory(name: str) -> None:
     text += f" | reserved: {stats['reserved_bytes'] / mega_bytes}"
     text += f" | max reserved: {stats['max_reserved_bytes'] / mega_bytes}"
     if parallel_state.get_data_parallel_rank() == 0:
-        print(f"[Rank {dist.get_rank()}] {text}", flush=True)
+        print_line(f"[Rank {dist.get_rank()}] {text}")
 
 
 def append_to_progress_log(string: str, barrier: bool = True, *, ctx: TrainContext | None = None) -> None:
