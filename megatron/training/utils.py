@@ -80,21 +80,19 @@ def calc_params_l2_norm(model: Any) -> float:
 
     All ranks must call. Half-precision parameters are squared in fp32.
     """
-    dense, expert = 0.0, 0.0
+    dense: list[Tensor] = []
+    expert: list[Tensor] = []
     for chunk in model if isinstance(model, list) else [model]:
         for param in chunk.parameters():
-            if not (param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param)):
-                continue
-            square = param.detach().float().norm(2).item() ** 2
-            if getattr(param, "allreduce", True):
-                dense += square
-            else:
-                expert += square
+            if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
+                (dense if getattr(param, "allreduce", True) else expert).append(param.detach())
     has_experts = parallel_state.get_expert_model_parallel_world_size() > 1
     if has_experts and parallel_state.get_expert_model_parallel_rank() > 0:
-        dense = 0.0  # the same on every expert-parallel rank: counted on the first
-    total = torch.tensor([dense + expert], dtype=torch.float64 if device.kind() == "cpu" else torch.float32)
-    total = total.to(device.current())
+        dense = []  # the same on every expert-parallel rank: counted on the first
+    total = torch.zeros(1, dtype=torch.float64, device=device.current())
+    for param in (*dense, *expert):
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        total += torch.linalg.vector_norm(param, dtype=wide).double().square()
     if has_experts:
         dist.all_reduce(total, group=parallel_state.get_tensor_and_expert_parallel_group())
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
