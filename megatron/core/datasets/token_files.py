@@ -160,6 +160,8 @@ class TokenIndex:
 
 
 class BinReader(Protocol):
+    """How the bytes of a `.bin` file are read."""
+
     def read(self, dtype: numpy.dtype, count: int, offset: int) -> numpy.ndarray:
         """`count` items of `dtype` from byte `offset`."""
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformer_engine as te
 from torch import Tensor
 
-import transformer_engine as te
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.placement import make_sharded_tensors_for_checkpoint
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker

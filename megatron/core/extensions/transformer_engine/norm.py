@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-
 import transformer_engine as te
 
 if TYPE_CHECKING:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 import transformer_engine as te
+from torch import Tensor
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
