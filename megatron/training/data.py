@@ -86,16 +86,9 @@ def _recover_consumed_samples(args: Namespace) -> None:
 
 
 def cyclic_iter(iterable: Any) -> Iterator[Any]:
-    """Iterate again and again, leaving the random state as it is.
-
-    A loader's iterator draws from the default generator when it is made. At which step that happens depends on where a run
-    was resumed, so it must not show.
-    """
+    """Iterate again and again."""
     while True:
-        state = torch.random.get_rng_state()
-        iterator = iter(iterable)
-        torch.random.set_rng_state(state)
-        yield from iterator
+        yield from iterable
 
 
 def build_train_valid_test_data_iterators(

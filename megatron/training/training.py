@@ -142,9 +142,7 @@ def pretrain(
     config = get_model_config(model[0])
 
     timers("train/valid/test-data-iterators-setup", log_level=0).start(barrier=True)
-    with _random_state_kept() if args.iteration > 0 else contextlib.nullcontext():
-        # Creating an iterator draws from the default generator; a resumed run has drawn those numbers before.
-        iterators = _data_iterators(train_valid_test_dataset_provider, ctx)
+    iterators = _data_iterators(train_valid_test_dataset_provider, ctx)
     timers("train/valid/test-data-iterators-setup").stop()
     print_datetime("after dataloaders are built")
     report.print_run_report(ctx, model, scheduler)
@@ -191,13 +189,6 @@ def _earliest_start() -> float:
     start = torch.tensor([_PROCESS_STARTED], dtype=torch.double, device=device.current())
     dist.all_reduce(start, op=dist.ReduceOp.MIN)
     return start.item()
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    state = torch.random.get_rng_state()
-    yield
-    torch.random.set_rng_state(state)
 
 
 def _data_iterators(provider: DatasetsProvider, ctx: TrainContext) -> tuple[Any, Any, Any]:
