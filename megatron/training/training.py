@@ -26,6 +26,7 @@ from megatron.core.num_microbatches_calculator import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.cuda_graphs import record_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import check_param_hashes_across_dp_replicas, get_model_config
 from megatron.training import report
@@ -259,6 +260,9 @@ class Run:
         for chunk in self.model:
             chunk.train()
         self._connect_schedule()
+        if self.config.enable_cuda_graph and device.available():
+            layers = record_layers(self.model, self.config, args.seq_length, args.micro_batch_size)
+            print_rank_0(f"> recorded {layers} layers as CUDA graphs")
         iteration = args.iteration
         totals: dict[str, Any] = {}
         report_memory = True
@@ -389,8 +393,11 @@ class Run:
 
     @contextlib.contextmanager
     def _gathered_parameters(self) -> Iterator[None]:
-        """Parameters whole on every rank: with `--overlap-param-gather` they are stale between update and forward."""
-        if not self.ctx.args.overlap_param_gather:
+        """Parameters whole on every rank: with `--overlap-param-gather` they are stale between update and forward.
+
+        After the loop, whose end gathers for good, there is nothing to do.
+        """
+        if not (self.ctx.args.overlap_param_gather and self.model[0].remove_forward_pre_hook_handles):
             yield
             return
         self._disable_gather_hooks()
