@@ -20,8 +20,8 @@ from megatron.training.context import TrainContext
 from megatron.training.utils import print_rank_0
 
 
-def layout(args: Namespace) -> list[str]:
-    """Parallel layout, derived sizes, and flags that do nothing on this machine."""
+def layout(args: Namespace, device_name: str | None = None) -> list[str]:
+    """Parallel layout on devices of this name (None: this machine's), derived sizes, flags that do nothing there."""
     sizes = {
         "tensor": args.tensor_model_parallel_size,
         "context": args.context_parallel_size,
@@ -31,7 +31,7 @@ def layout(args: Namespace) -> list[str]:
     product = " x ".join(f"{name} {size}" for name, size in sizes.items())
     if args.expert_model_parallel_size > 1:
         product += f" (experts over {args.expert_model_parallel_size} of the data-parallel ranks)"
-    lines = [f"> layout: {args.world_size} rank(s) on {device.device_name()} = {product}"]
+    lines = [f"> layout: {args.world_size} rank(s) on {device_name or device.device_name()} = {product}"]
     virtual = args.virtual_pipeline_model_parallel_size
     if virtual is not None:
         lines.append(
@@ -62,10 +62,10 @@ def tokenizer(args: Namespace, built: Any) -> list[str]:
     ]
 
 
-def kernels() -> list[str]:
-    """Which implementation of each operation runs, and why not a faster one."""
+def kernels(choices: list[registry.Choice] | None = None) -> list[str]:
+    """Which implementation of each operation runs (None: those chosen so far), and why not a faster one."""
     lines = ["> kernels:"]
-    for choice in registry.report():
+    for choice in registry.report() if choices is None else choices:
         dtype = str(choice.spec.dtype).removeprefix("torch.")
         line = f">   {choice.op} ({dtype}): {choice.chosen}"
         if choice.demanded:
@@ -127,7 +127,12 @@ def parameters(model: list[torch.nn.Module]) -> list[str]:
                 mine += param.numel()
     total = torch.tensor([mine], dtype=torch.int64, device=device.current())
     dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
-    return [f"> model: {total.item():,} parameters"]
+    return model_size(int(total.item()))
+
+
+def model_size(total: int) -> list[str]:
+    """How large the whole model is."""
+    return [f"> model: {total:,} parameters"]
 
 
 def print_run_report(

@@ -50,6 +50,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": (_FUSIONS + "linear_cross_entropy", _TRITON),
     "linear_wgrad_accumulate": (_FUSIONS + "grad_accumulation",),
     "embedding_grad": (_FUSIONS + "embedding_grad", _TRITON),
+    "fp8_quantize": ("megatron.core.fp8.quantize", _TRITON),
+    "fp8_gemm": ("megatron.core.fp8.gemm",),
     "l2_norm": (_FUSIONS + "multi_tensor", _TRITON),
     "scale": (_FUSIONS + "multi_tensor", _TRITON),
     "adam": (_FUSIONS + "multi_tensor", _TRITON),
@@ -230,16 +232,19 @@ def report() -> list[Choice]:
 
 
 @contextmanager
-def planning() -> Iterator[None]:
-    """Inside the block `select` chooses and records as ever, but loads nothing: what it returns must not be called.
+def planning() -> Iterator[dict[tuple[str, str, Spec], Choice]]:
+    """Inside the block `select` chooses as ever but loads nothing, and its choices go into the yielded table alone.
 
-    For plans of machines whose packages are not installed here.
+    For plans of machines whose packages are not installed here: what `select` returns must not be called.
     """
+    global _choices
+    before, _choices = _choices, {}
     _planning.append(True)
     try:
-        yield
+        yield _choices
     finally:
         _planning.pop()
+        _choices = before
 
 
 def _load(entry: Entry) -> Callable[..., Any]:
