@@ -17,6 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.enums import ModelType
+from megatron.core.errors import FlagError
 from megatron.core.models.common.embeddings.rotary_pos_embedding import FrequencyScaling
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -58,7 +59,12 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
 def layer_spec(args: Namespace) -> ModuleSpec:
     """What a layer is made of: `--spec MODULE NAME`, else by `--transformer-impl`."""
     if args.spec is not None:
-        return import_module(args.spec)
+        try:
+            return import_module(args.spec)
+        except ValueError as error:
+            raise FlagError(
+                "--spec", str(error), "give an importable module and the name of a ModuleSpec in it"
+            ) from error
     if args.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             args.num_experts, args.moe_grouped_gemm, args.qk_layernorm, args.fp8

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron.core.errors import FlagError, MegatronError
+from megatron.core.errors import FlagError, MegatronError, TrainingError
+from megatron.training import watch
+
+#: What backends say when another rank is gone, and when it does not come.
+_PEER_GONE = re.compile(
+    r"[Cc]onnection (closed|reset|refused)|Broken pipe|remote process exited|Socket closed"
+)
+_PEER_LATE = re.compile(r"[Tt]imed out|timeout")
 
 
 class MachineError(FlagError):
@@ -43,9 +52,55 @@ def stop(error: MegatronError) -> NoReturn:
     sys.exit(error.exit_code)
 
 
+def file_error(error: OSError) -> MegatronError:
+    """What the system refused, in terms of the flag whose file or directory it is about."""
+    path = str(error.filename)
+    reason = error.strerror or str(error)
+    for flag, value in pairwise(sys.argv):
+        inside = path == value or path.startswith(value.rstrip("/") + "/") or value.startswith(path + "/")
+        if flag.startswith("--") and value and not value.startswith("--") and inside:
+            where = "" if path == value else f" ({path})"
+            return FlagError(
+                f"{flag} {value}", f"it cannot be used: {reason}{where}", "check the path and its permissions"
+            )
+    return MegatronError(
+        path, f"it cannot be used: {reason}", "check the path, its permissions and the free space"
+    )
+
+
+def lost_rank(error: RuntimeError) -> MegatronError | None:
+    """The error for a rank that failed because another is gone or late; None if `error` is about something else."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    text = str(error)
+    if _PEER_LATE.search(text):
+        reports = watch.announce_timeout(error)
+        return TrainingError(
+            "--distributed-timeout-minutes",
+            f"this rank waited for another one longer than that, {watch.place_of(error)}. {' '.join(reports)}".rstrip(),
+            "look at the ranks that were elsewhere; raise the limit if they were only slow",
+        )
+    if isinstance(error, dist.DistError) or _PEER_GONE.search(text):
+        return TrainingError(
+            "communication",
+            f"another rank ended while this one was {watch.place_of(error)}",
+            "its own message names the cause",
+        )
+    return None
+
+
 def run_main(main: Callable[[], object]) -> None:
     """Run an entry point's `main`; errors meant for people end the process without a traceback."""
     try:
         main()
     except MegatronError as error:
         stop(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        stop(file_error(error))
+    except RuntimeError as error:
+        known = lost_rank(error)
+        if known is None:
+            raise
+        stop(known)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.errors import FlagError
-from megatron.training import report
+from megatron.training import report, watch
 from megatron.training.arguments import parse_args, validate_args, validate_for_training
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.config import build
@@ -132,6 +132,10 @@ def init_process_group(args: Namespace) -> None:
         rank=args.rank,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),
     )
+    if args.world_size > 1:
+        connection = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        watch.start(dist.PrefixStore(f"attempt {attempt}", connection), args.rank)
 
 
 def set_random_seed(seed: int, data_parallel_random_init: bool = False) -> None:

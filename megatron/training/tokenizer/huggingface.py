@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy
 
@@ -13,6 +15,16 @@ from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.errors import FlagError
 
 CONFIG_FILE = "tokenizer_config.json"
+
+
+def _hub_is_known() -> bool:
+    """Whether the hub's name resolves; without a network it does not."""
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
 
 
 class _HuggingFaceTokenizer(MegatronTokenizer):
@@ -35,9 +47,18 @@ class _HuggingFaceTokenizer(MegatronTokenizer):
                 **(_special_token_names(pretrained_model_name_or_path) | kwargs),
             )
         else:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                pretrained_model_name_or_path, **kwargs
-            )
+            # The hub's client tries for minutes to reach a hub that cannot be found.
+            local = os.path.isdir(pretrained_model_name_or_path) or not _hub_is_known()
+            try:
+                self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    pretrained_model_name_or_path, **({"local_files_only": True} if local else {}), **kwargs
+                )
+            except (OSError, ValueError) as error:
+                raise FlagError(
+                    f"--tokenizer-model {pretrained_model_name_or_path}",
+                    f"there is no tokenizer of HuggingFace's format: {str(error).splitlines()[0]}",
+                    "give a model directory, a tokenizer.json, or a hub name that was downloaded or can be",
+                ) from error
         self._vocab = self._tokenizer.get_vocab()
         self._inv_vocab = {token_id: token for token, token_id in self._vocab.items()}
         self._document_encoder: Any = None

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
-from megatron.core.errors import FlagError
+from megatron.core.errors import DataError, FlagError, MegatronError
 
 PACKAGE = "megatron.training.tokenizer"
 DEFAULT_SIZE_DIVISOR = 128
@@ -113,7 +113,17 @@ def build_tokenizer(args: argparse.Namespace, **kwargs: Any) -> MegatronTokenize
     build = TOKENIZERS.get(args.tokenizer_type)
     if build is None:
         raise NotImplementedError(f"{args.tokenizer_type} tokenizer is not implemented.")
-    tokenizer = build(args, **kwargs) if build is _huggingface else build(args)
+    try:
+        tokenizer = build(args, **kwargs) if build is _huggingface else build(args)
+    except ValueError as error:  # text that is no UTF-8, no JSON, no pair of tokens
+        if isinstance(error, MegatronError):
+            raise
+        files = [args.vocab_file, args.merge_file, args.tokenizer_model]
+        raise DataError(
+            ", ".join(str(file) for file in files if file is not None) or args.tokenizer_type,
+            f"it does not hold what --tokenizer-type {args.tokenizer_type} needs: {error}",
+            "check that the file belongs to this type of tokenizer and is whole",
+        ) from error
     if getattr(args, "padded_vocab_size", None) is None:
         args.padded_vocab_size = _vocab_size_with_padding(tokenizer.vocab_size, args)
     return tokenizer
