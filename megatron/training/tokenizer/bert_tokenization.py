@@ -10,10 +10,14 @@ import numpy
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.errors import DataError
-from megatron.training.tokenizer.memo import WordMemo
+from megatron.training.tokenizer.memo import WordMemo, packed
+from megatron.training.tokenizer.word_table import AsciiWordTable
 
 UNKNOWN = "[UNK]"
 MAX_WORD_LENGTH = 200
+TABLE_FROM_CHARACTERS = (
+    2000  # below, setting up the table's arrays takes longer than looking words up one by one
+)
 ASCII_PUNCTUATION = r"!-/:-@\[-`{-~"  # as part of a character class
 CJK_RANGES = (
     (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
@@ -166,6 +170,17 @@ class WordpieceTokenizer:
         self, vocab: dict[str, int], unk_token: str = UNKNOWN, max_input_chars_per_word: int = MAX_WORD_LENGTH
     ) -> None:
         self.vocab, self.unk_token, self.max_input_chars_per_word = vocab, unk_token, max_input_chars_per_word
+        self._longest: dict[str, int] = {}
+        self._longest_of_size = 0
+
+    def _longest_pieces(self) -> dict[str, int]:
+        """The first two characters of pieces, behind `##` for those inside words -> length of the longest such piece."""
+        if self._longest_of_size != len(self.vocab):  # tokens are added after construction
+            self._longest, self._longest_of_size = {}, len(self.vocab)
+            for piece in self.vocab:
+                for key, length in ((piece[:2], len(piece)), (piece[:4], len(piece) - 2)):
+                    self._longest[key] = max(length, self._longest.get(key, 0))
+        return self._longest
 
     def tokenize(self, text: str) -> list[str]:
         """Pieces of whitespace-separated words."""
@@ -176,10 +191,12 @@ class WordpieceTokenizer:
         if len(word) > self.max_input_chars_per_word:
             return [self.unk_token]
         pieces: list[str] = []
+        longest = self._longest_pieces()
         start = 0
         while start < len(word):
             prefix = "##" if start else ""
-            for end in range(len(word), start, -1):
+            bound = start + max(1, longest.get(prefix + word[start : start + 2], 0))
+            for end in range(min(bound, len(word)), start, -1):
                 piece = prefix + word[start:end]
                 if piece in self.vocab:
                     break
@@ -200,8 +217,9 @@ class FullTokenizer:
         self.basic_tokenizer = BasicTokenizer(do_lower_case)
         self.wordpiece_tokenizer = WordpieceTokenizer(self.vocab)
         self._lower_case = do_lower_case
-        self._word_ids = WordMemo(lambda w: self.convert_tokens_to_ids(self.wordpiece_tokenizer.pieces(w)))
-        self._stretch_ids = WordMemo(self._ids_of_words)
+        self._words = WordMemo(lambda word: packed(self._ids_of_word(word)))
+        self._table = AsciiWordTable(self._ids_of_word)
+        self._stretches = WordMemo(lambda stretch: self._words.joined(self._words_of(stretch)))
         self._find_controls = re.compile(
             r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
         )  # dropped: their sides join
@@ -215,18 +233,27 @@ class FullTokenizer:
     def encode(self, text: str) -> numpy.ndarray:
         """Ids [t] of `text`: those of convert_tokens_to_ids(tokenize(text)).
 
-        Basic tokenization works within what whitespace delimits, so such stretches, and in ASCII text the words
-        themselves, are looked up; few are new.
+        The words of ASCII texts are looked up. Of other texts whole stretches are, because basic tokenization works
+        within what whitespace delimits; only new ones are tokenized.
         """
         if self._find_controls.search(text):
             text = self._find_controls.sub("", text)
-        return self._ids_of_words(text) if text.isascii() else self._stretch_ids.ids(text.split())
+        if not text.isascii():
+            return self._stretches.ids(text.split())
+        if self._lower_case:
+            text = text.lower()
+        if len(text) < TABLE_FROM_CHARACTERS:
+            return self._words.ids(self._ascii_words(text))
+        return self._table.ids(text)
 
-    def _ids_of_words(self, text: str) -> numpy.ndarray:
-        """Ids of a text without control characters."""
-        if text.isascii():
-            return self._word_ids.ids(self._ascii_words(text.lower() if self._lower_case else text))
-        return self._word_ids.ids(self.basic_tokenizer.tokenize(text))
+    def _ids_of_word(self, word: str) -> list[int]:
+        return self.convert_tokens_to_ids(self.wordpiece_tokenizer.pieces(word))
+
+    def _words_of(self, stretch: str) -> list[str]:
+        """The words of a text without control characters."""
+        if stretch.isascii():
+            return self._ascii_words(stretch.lower() if self._lower_case else stretch)
+        return self.basic_tokenizer.tokenize(stretch)
 
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]:
         """Pieces to ids. DataError when the vocabulary lacks one, which can only be `[UNK]`."""

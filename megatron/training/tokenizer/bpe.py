@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy
 
 from megatron.core.errors import FlagError
-from megatron.training.tokenizer.memo import WordMemo
+from megatron.training.tokenizer.memo import WordMemo, packed
 
 PRETOKEN_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # Radford et al. 2019
@@ -99,9 +99,9 @@ class PythonEngine:
         """Ids [t] of `text`; UnicodeEncodeError for a lone surrogate, which has no UTF-8 bytes."""
         return self._memo.ids(self._split(text))
 
-    def _word_ids(self, word: str) -> list[int]:
+    def _word_ids(self, word: str) -> bytes:
         mapped = "".join(map(self._stand_in.__getitem__, word.encode("utf-8")))
-        return [self._vocab.get(piece, 0) for piece in merge_word(mapped, self._ranks)]
+        return packed(self._vocab.get(piece, 0) for piece in merge_word(mapped, self._ranks))
 
 
 class GigatokenEngine:

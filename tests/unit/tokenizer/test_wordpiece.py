@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron.core.errors import DataError
+from megatron.training.tokenizer import word_table
 from megatron.training.tokenizer.bert_tokenization import FullTokenizer, _BertWordPieceTokenizer
 from tests.unit.tokenizer.hostile import hostile_text
 
@@ -40,6 +42,50 @@ def test_ids_are_those_of_the_rust_tokenizer(lower: bool, text: str) -> None:
     rust.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
     rust.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     assert OURS[lower].encode(text).tolist() == rust.encode(text).ids
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+@given(
+    texts=st.lists(st.text(alphabet="aB9ing.,-_'[]# \t\n\r", max_size=600), max_size=6),
+    repeats=st.integers(1, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_long_ascii_texts_give_the_ids_of_their_words(crowded: bool, texts: list[str], repeats: int) -> None:
+    """Also with a table that is too small, so that words share slots and everything is forgotten now and then."""
+    with pytest.MonkeyPatch.context() as patch:
+        if crowded:
+            for name, value in (
+                ("SLOT_BITS", 3),
+                ("LAST_SLOT", 7),
+                ("MAX_WORDS", 9),
+                ("BLOCK_CHARACTERS", 50),
+            ):
+                patch.setattr(word_table, name, value)
+        tokenizer = FullTokenizer(FILES[False], do_lower_case=False)
+        table = word_table.AsciiWordTable(tokenizer._ids_of_word)
+        for text in [*texts, "playing unaffable " * 40, "a" * 16 + "b " + "a" * 16 + "c", ""]:
+            steps = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text * repeats))
+            assert table.ids(text * repeats).tolist() == steps
+            assert tokenizer.encode(text * repeats).tolist() == steps
+
+
+def test_pieces_are_the_longest_that_fit() -> None:
+    """Against the plain search from the end of the word, also for tokens that were added later."""
+    tokenizer = _BertWordPieceTokenizer(FILES[True], vocab_extra_ids=3).tokenizer
+    pieces, vocab = tokenizer.wordpiece_tokenizer.pieces, tokenizer.vocab
+    words = {text for token in vocab for text in (token, token[::-1], token + "ing", "##" + token)}
+    for word in sorted(words):
+        expected: list[str] = []
+        start = 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            ends = [end for end in range(len(word), start, -1) if prefix + word[start:end] in vocab]
+            if not ends:
+                expected = ["[UNK]"]
+                break
+            expected.append(prefix + word[start : ends[0]])
+            start = ends[0]
+        assert pieces(word) == expected
 
 
 @pytest.mark.parametrize(
