@@ -70,7 +70,13 @@ def file_error(error: OSError) -> MegatronError:
 
 def lost_rank(error: RuntimeError) -> MegatronError | None:
     """The error for a rank that failed because another is gone or late; None if `error` is about something else."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not dist.is_available():
+        return None
+    if not dist.is_initialized():
+        unmet = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
+        why = f"the ranks did not all meet: {str(error).splitlines()[0]}"
+        return TrainingError("start", why, "see whether one of them failed first") if unmet else None
+    if dist.get_world_size() == 1:
         return None
     text = str(error)
     if _PEER_LATE.search(text):

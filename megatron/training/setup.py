@@ -149,6 +149,7 @@ def setup_model_and_optimizer(
         )
         ctx.timers("load-checkpoint").stop(barrier=True)
         ctx.timers.log(["load-checkpoint"])
+    args.curr_iteration = args.iteration
     if args.iteration == 0:
         # Models that start from the weights of another one, e.g. of a BERT.
         for plain in unwrap_model(model):

@@ -7,6 +7,7 @@ and the others answer with the place their main thread is at.
 from __future__ import annotations
 
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -18,6 +19,9 @@ _ROOT = "megatron/watch"
 _POLL_SECONDS = 2.0
 #: How long the rank that gave up waits for the others' answers.
 _ANSWER_SECONDS = 3 * _POLL_SECONDS
+
+#: Where code lives that is neither this project's nor its user's.
+_FOREIGN = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), "<frozen")
 
 _store: dist.Store | None = None
 
@@ -67,13 +71,13 @@ def announce_timeout(error: BaseException) -> list[str]:
 
 
 def place_of(error: BaseException) -> str:
-    """Where in this project an error arose, as `in <function> (<file>:<line>)`."""
+    """Where in this project, or its user's code, an error arose, as `in <function> (<file>:<line>)`."""
     return _describe(traceback.extract_tb(error.__traceback__))
 
 
 def _describe(stack: traceback.StackSummary) -> str:
-    own = [entry for entry in stack if "megatron" in entry.filename.replace("\\", "/")]
+    own = [entry for entry in stack if not any(place in entry.filename for place in _FOREIGN)]
     entry = (own or list(stack))[-1]
     name = entry.filename.replace("\\", "/")
-    short = name[name.rindex("megatron/") :] if "megatron/" in name else name
+    short = name[name.rindex("/megatron/") + 1 :] if "/megatron/" in name else name
     return f"in {entry.name} ({short}:{entry.lineno})"

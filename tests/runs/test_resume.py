@@ -88,9 +88,9 @@ def test_resumed_run_is_the_uninterrupted_run(
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-def assert_same_runs(whole: Path, parts: Path) -> None:
-    """Two runs logged the same numbers and saved the same bits at their end."""
-    assert log_of(parts) == log_of(whole)
+def assert_same_runs(whole: Path, parts: Path, logs: bool = True) -> None:
+    """Two runs logged the same numbers (unless `logs` is off) and saved the same bits at their end."""
+    assert not logs or log_of(parts) == log_of(whole)
     final = f"iter_{STEPS:07d}"
     names = sorted(str(p.relative_to(whole)) for p in (whole / final).rglob("*") if p.is_file())
     assert names == sorted(str(p.relative_to(parts)) for p in (parts / final).rglob("*") if p.is_file())

@@ -1,0 +1,44 @@
+"""A rank that dies takes the others down with its reason; one that hangs ends the run and everyone says where it was."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
+    "--micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --train-iters 9 --eval-iters 0 --transformer-impl local "
+    "--num-workers 0 --distributed-backend gloo --make-vocab-size-divisible-by 32 --mock-data "
+    "--tokenizer-type NullTokenizer --vocab-size 30 --distributed-timeout-minutes 1 --log-interval 1"
+)
+
+
+def launch(kind: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    argv += ["--rdzv-endpoint", "localhost:0", "-m", "tests.runs.troubled", kind, *FLAGS.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(argv, capture_output=True, text=True, timeout=150, env=environment, cwd=folder)
+
+
+def test_a_rank_that_dies_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    done = launch("die", tmp_path)
+    assert done.returncode == 1
+    assert "the disk of rank 1 is on fire" in done.stderr
+    assert "iteration        2/" in done.stdout and "iteration        3/" not in done.stdout
+
+
+def test_a_rank_that_hangs_ends_the_run_with_who_waited_for_whom(tmp_path: Path) -> None:
+    done = launch("hang", tmp_path)
+    assert done.returncode == 1
+    said = [
+        line
+        for line in done.stderr.splitlines()
+        if line.startswith("error: rank 0: --distributed-timeout-minutes")
+    ]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert "waited for another one" in said[0] and "(megatron/" in said[0]
+    assert "Rank 1 was in wait_for_a_file_system" in said[0] and "troubled.py" in said[0]
+    assert "rank 1 was here" in done.stderr and "in troubled_forward_step" in done.stderr
