@@ -38,6 +38,7 @@ from megatron.core.kernels.triton import (
     bias_dropout_add,
     cross_entropy,
     embedding_grad,
+    fp8_quantize,
     masked_softmax,
     multi_tensor,
     norm,
@@ -48,7 +49,7 @@ SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes one block may use
 STACK_LIMIT = 16  # bytes: a few values parked outside the loops cost nothing
 POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int32: "*i32",
-    torch.int64: "*i64", torch.bool: "*i1",
+    torch.int64: "*i64", torch.bool: "*i1", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5",
 }  # fmt: skip
 
 
@@ -77,6 +78,11 @@ class Cost:
     stack_bytes: int
     shared_bytes: int
     matrix_instructions: str
+
+
+def exists_on(launch: Launch, capability: int) -> bool:
+    """Whether the target has the number formats of a launch: fp8 came with 8.9."""
+    return capability >= 89 or not any(kind.startswith("*fp8") for _, kind in launch.types)
 
 
 def describe(kernel: JITFunction[Any], args: tuple[Any, ...], named: dict[str, Any]) -> Launch:
@@ -208,6 +214,11 @@ def training_shapes(dtype: torch.dtype, heads: tuple[int, ...]) -> dict[str, Cal
             ids, t(16, wide), t(8, wide, kind=torch.float32)
         ),
     }
+    one = torch.ones(())
+    for fmt in (torch.float8_e4m3fn, torch.float8_e5m2):
+        table[f"{str(fmt)[6:]}_quantize"] = lambda fmt=fmt: (
+            fp8_quantize.quantize(t(64, wide).detach(), one, fmt, one, True) and None
+        )
     for width in (
         heads if dtype != torch.float32 else ()
     ):  # the registry offers attention in half precision only
@@ -255,6 +266,8 @@ def main() -> int:
         for launch in all_launches(getattr(torch, name), tuple(options.heads), options.only):
             for target in options.targets:
                 number = int(target.removeprefix("sm_"))
+                if not exists_on(launch, number):
+                    continue
                 cost = compile_for(launch, number)
                 bad = cost.stack_bytes > options.allow_stack or cost.shared_bytes > SHARED_LIMIT.get(
                     number, 1 << 30

@@ -31,7 +31,7 @@ _TYPING = "a name that v0.9's module imports for itself"
 EXCEPTIONS = {
     "megatron.core.ssm.*": "Mamba and hybrid models are not part of this project",
     "megatron.core.models.mamba*": "Mamba and hybrid models are not part of this project",
-    "megatron.core.transformer.cuda_graphs:*": "CUDA graphs are not part of this project",
+    "megatron.core.transformer.cuda_graphs:*": "layers are recorded by one function, record_layers",
     "megatron.core.extensions.transformer_engine:*": "it cannot be imported without Transformer Engine",
     "megatron.core.inference.*": "text generation is built in megatron/inference",
     "megatron.inference.*": "generation has one entry point, generate_tokens",

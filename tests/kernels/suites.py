@@ -493,3 +493,42 @@ def attention_dropout(run: Implementation, dtype: torch.dtype, device: str) -> N
 
 
 __all__ = ["ATTENTION_CASES", "SUITES", "attention_case", "attention_dropout"]
+
+
+@suite("fp8_quantize", "representable_values")
+def _fp8_quantize(run: Implementation, dtype: torch.dtype, device: str) -> None:
+    """Values that fp8 holds exactly come through unchanged, transposed alike; larger ones saturate; the amax is noted."""
+    for fmt, top in ((torch.float8_e4m3fn, 448.0), (torch.float8_e5m2, 57344.0)):
+        x = (
+            torch.tensor([0.0, 0.25, -1.5, 3.0, 6.0, -7.0, 1e5], device=device)
+            .repeat(19)
+            .view(7, 19)
+            .to(dtype)
+        )
+        amax = torch.full((1,), 2.0, device=device)
+        rows, columns = run(x, torch.full((), 2.0, device=device), fmt, amax, True)
+        assert torch.equal(rows.float(), (2 * x.float()).clamp(-top, top).to(fmt).float())
+        assert rows.dtype == fmt and columns.is_contiguous()
+        assert torch.equal(columns.float(), rows.float().t())
+        assert amax.item() == x.float().abs().max().item()
+        assert run(x, amax, fmt)[1] is None
+    assert run(x[:0], amax, fmt, amax, True)[1].shape == (19, 0)
+
+
+@suite("fp8_gemm", "values")
+def _fp8_gemm(run: Implementation, dtype: torch.dtype, device: str) -> None:
+    out = dtype if dtype != torch.float16 else torch.bfloat16
+    for fmt in (torch.float8_e4m3fn, torch.float8_e5m2):
+        for m, n, k in ((16, 32, 48), (64, 16, 128)):
+            a = noise(m, k, seed=1, dtype=torch.float32, device=device).to(fmt)
+            b = noise(n, k, seed=2, dtype=torch.float32, device=device).to(torch.float8_e4m3fn)
+            scales = torch.tensor([0.5, 0.25], device=device).unbind()
+            want = (a.double() @ b.double().t() * 0.125).cpu()
+            for fast in (False, True):
+                got = run(a, b, *scales, out, fast)
+                assert got.dtype == out
+                # narrow sums of the matrix units keep about 14 bits
+                bound = {torch.float32: 1e-3, torch.bfloat16: 8e-3}[out] * (
+                    a.double().abs() @ b.double().abs().t() / 8
+                ).cpu()
+                assert ((got.double().cpu() - want).abs() <= bound + 1e-6).all()

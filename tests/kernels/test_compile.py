@@ -13,12 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import compile_kernels
 
-FAST = ("rms_norm", "vocab_cross_entropy", "attention_64")
+FAST = ("rms_norm", "float8_e4m3fn_quantize", "vocab_cross_entropy", "attention_64")
 
 
 def assert_within_limits(launches: dict[compile_kernels.Launch, None], capability: int) -> None:
     assert launches
     for launch in launches:
+        if not compile_kernels.exists_on(launch, capability):
+            continue
         cost = compile_kernels.compile_for(launch, capability)
         assert cost.stack_bytes <= compile_kernels.STACK_LIMIT, (
             f"sm_{capability} {launch.label()} spills {cost.stack_bytes} bytes"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.layers import update_fp8_scales
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
@@ -95,7 +96,7 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
     """Complete the gradients of all chunks of this rank (`model`); every rank must call, after the last backward.
 
     In this order: data-parallel reduction; sum over tensor ranks for sequence-parallel parameters; sum over stages for
-    shared embeddings; and, with `num_tokens` (tokens of this rank's batch, a scalar tensor), division by the tokens
+    shared embeddings; the scales of the next step's fp8 products; and, with `num_tokens` (tokens of this rank's batch, a scalar tensor), division by the tokens
     of the global batch.
     """
     config = get_model_config(model[0])
@@ -106,6 +107,8 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
         _sum_sequence_parallel_grads(model, config)
     with _timed(config, "embedding-grads-all-reduce"):
         _sum_embedding_grads(model)
+    if config.fp8 is not None:
+        update_fp8_scales(model, config)
     if num_tokens is not None:
         tokens = _tokens_of_batch(num_tokens).reshape(()).double()
         # Chosen on the device: asking for the number here would make the host wait for the whole backward.

@@ -12,11 +12,12 @@ import hashlib
 import importlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from megatron.core import device
 from megatron.core.errors import FlagError
 from megatron.core.kernels import capability
 from megatron.core.kernels.capability import Capabilities, version_tuple
@@ -184,6 +185,8 @@ def select(
     `allow` limits the candidates (a preference the caller derived from defaults); `demand` names the only
     acceptable one: if it cannot run a FlagError says everything that is missing and what would run instead.
     """
+    if _planning and spec.device == "meta":
+        spec = replace(spec, device=device.kind())
     found = capability.probe()
     candidates = [entry for entry in entries(op) if allow is None or entry.name in allow]
     refused = [(entry, entry.refusal(spec, found)) for entry in candidates]

@@ -8,20 +8,21 @@ and a reduce-scatter after the second, and what lies between the pairs is divide
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron.core import device, parallel_state
+from megatron.core import device, fp8, parallel_state
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
 from megatron.core.kernels import registry
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import placement
+from megatron.core.tensor_parallel.fp8_linear import fp8_linear
 from megatron.core.tensor_parallel.linear import (  # noqa: F401  (v0.9 keeps these names here)
     Accumulate,
     LinearWithFrozenWeight,
@@ -49,6 +50,9 @@ from megatron.core.tensor_parallel.placement import (  # noqa: F401  (v0.9 keeps
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.utils import divide
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 InitMethod = Callable[[Tensor], Any]
 
@@ -257,6 +261,9 @@ class _ParallelLinear(torch.nn.Module):
         split_over = "tp_ep" if self.explicit_expert_comm and config.moe_extended_tp else "tp"
         self.partitions, self.partition = groups.size(split_over), groups.rank(split_over)
         self.gradient_accumulation_fusion = config.gradient_accumulation_fusion
+        self._accumulate: Accumulate | None = None
+        self._fp8: fp8.Fp8Operands | None = None
+        self.is_first_microbatch = True  # of a step: what was derived from the weight is stale
         self._register_load_state_dict_pre_hook(_accept_missing_extra_state)
 
     def _placed(self, name: str, stride: int) -> Placed:
@@ -280,12 +287,40 @@ class _ParallelLinear(torch.nn.Module):
             pg_collection=self.pg_collection,
         )
 
-    def set_extra_state(self, state: Any) -> None:
-        """Ignored: the entry exists only so that checkpoints interchange with Transformer Engine's."""
+    def _product_in_fp8(
+        self,
+        input_: Tensor,
+        bias: Tensor | None,
+        *,
+        sequence_parallel: bool = False,
+        allreduce_dgrad: bool = False,
+    ) -> Tensor:
+        """What `linear_with_grad_accumulation_and_async_allreduce` computes, with the layer's own weight, in fp8."""
+        assert self._fp8 is not None, "the layer was not built for fp8"
+        assert isinstance(self.weight, Parameter), "an fp8 layer has a weight of its own"
+        fresh, self.is_first_microbatch = self.is_first_microbatch, False
+        return fp8_linear(
+            input_,
+            self.weight,
+            bias,
+            self._fp8,
+            fresh=fresh,
+            training=self.training,
+            gradient_accumulation_fusion=self.gradient_accumulation_fusion,
+            sequence_parallel=sequence_parallel,
+            allreduce_dgrad=allreduce_dgrad,
+            group=self.pg_collection.tp,
+            accumulate=self._accumulate,
+        )
 
-    def get_extra_state(self) -> None:
-        """Nothing; see `set_extra_state`."""
-        return
+    def set_extra_state(self, state: Any) -> None:
+        """Continue with the fp8 scales of a checkpoint, where it and this layer have such; all else is ignored."""
+        if self._fp8 is not None:
+            self._fp8.load_state(state)
+
+    def get_extra_state(self) -> Tensor | None:
+        """Delayed fp8 scales, or nothing. The entry always exists, so that checkpoints interchange."""
+        return None if self._fp8 is None else self._fp8.state()
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
@@ -367,6 +402,8 @@ class ColumnParallelLinear(_ParallelLinear):
         if self.sequence_parallel and gather_output:
             raise RuntimeError("ColumnParallelLinear: gather_output and sequence_parallel exclude each other")
         self._accumulate = _fused_accumulation(config, self.weight)
+        if self.weight is not None:
+            self._fp8 = fp8.choose(config, input_size, self.output_size_per_partition)
 
     def forward(self, input_: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """input [s, b, in] ([s/tp, b, in] with sequence parallelism) -> output [s, b, out/tp], bias to be added.
@@ -398,7 +435,11 @@ class ColumnParallelLinear(_ParallelLinear):
         bias = None if self.skip_bias_add else self.bias
         sequence_parallel = self.sequence_parallel and not self.explicit_expert_comm
         allreduce_dgrad = self.allreduce_dgrad and not self.explicit_expert_comm
-        if weight.requires_grad:
+        if self._fp8 is not None:
+            output = self._product_in_fp8(
+                input_, bias, sequence_parallel=sequence_parallel, allreduce_dgrad=allreduce_dgrad
+            )
+        elif weight.requires_grad:
             output = linear_with_grad_accumulation_and_async_allreduce(
                 input_,
                 weight,
@@ -485,6 +526,7 @@ class RowParallelLinear(_ParallelLinear):
         else:
             self.register_parameter("bias", None)
         self._accumulate = _fused_accumulation(config, self.weight)
+        self._fp8 = fp8.choose(config, self.input_size_per_partition, output_size)
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """input [s, b, in/tp] -> output [s, b, out] ([s/tp, b, out] with sequence parallelism), bias to be added.
@@ -497,7 +539,9 @@ class RowParallelLinear(_ParallelLinear):
         # The bias is added after the sum over ranks; where there is nothing to sum the product can add it.
         adds_bias = self.bias is not None and not self.skip_bias_add
         fused_bias = self.bias if adds_bias and self.partitions == 1 else None
-        if self.weight.requires_grad:
+        if self._fp8 is not None:
+            output = self._product_in_fp8(input_, fused_bias)
+        elif self.weight.requires_grad:
             output = linear_with_grad_accumulation_and_async_allreduce(
                 input_,
                 self.weight,
@@ -521,3 +565,15 @@ class RowParallelLinear(_ParallelLinear):
         if adds_bias and fused_bias is None:
             output = output + self.bias
         return output, self.bias if self.skip_bias_add else None
+
+
+def update_fp8_scales(model: Sequence[torch.nn.Module], config: TransformerConfig) -> None:
+    """At the end of a step: new scales for the fp8 layers of these chunks; all ranks of their stage must call."""
+    operands = [
+        module._fp8
+        for chunk in model
+        for module in chunk.modules()
+        if isinstance(module, _ParallelLinear) and module._fp8 is not None
+    ]
+    groups = parallel_state.resolve(None)
+    fp8.update_scales(operands, groups.tp_cp if config.tp_only_amax_red else groups.tp_dp_cp)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fp8 import config_of_layer
 from megatron.core.inference_params import InferenceParams
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.layer_split import layers_here
@@ -75,9 +76,15 @@ class TransformerBlock(MegatronModule):
         self.input_tensor: Tensor | None = None
 
         specs = self.submodules.layer_specs or []
+        before = layers_here(config, pg_collection).start
         self.layers = nn.ModuleList(
-            build_module(layer, config=config, layer_number=i, pg_collection=pg_collection)
-            for i, layer in enumerate(specs, start=1)
+            build_module(
+                layer,
+                config=config_of_layer(config, before + i),
+                layer_number=i + 1,
+                pg_collection=pg_collection,
+            )
+            for i, layer in enumerate(specs)
         )
         self.num_layers_per_pipeline_rank = len(self.layers)
         self.final_layernorm = None

@@ -140,27 +140,21 @@ class TransformerConfig(ModelParallelConfig):
 
     fp8: str | None = flag(
         None, on="--fp8-format", parse=None, choices=("e4m3", "hybrid"), group="Transformer-Engine",
-        status="unsupported", reason="layers run in fp32, fp16 or bf16",
-        help="Number format of fp8 training; hybrid takes e4m3 forward and e5m2 backward.")
+        help="Multiply the layers' matrices in fp8; hybrid takes e4m3 forward and e5m2 backward. Emulated on a CPU.")
     fp8_margin: int = flag(
-        0, group="Transformer-Engine", status="noop",
-        reason="it details --fp8-format, which is not supported",
-        help="Powers of two kept free above the fp8 scale.")
+        0, group="Transformer-Engine", help="With --fp8-format: powers of two kept free above the largest magnitude.")
     fp8_interval: int = flag(
         1, group="Transformer-Engine", status="noop", reason="Transformer Engine dropped the setting",
         help="Steps between updates of the fp8 scale.")
     fp8_amax_history_len: int = flag(
-        1, group="Transformer-Engine", status="noop",
-        reason="it details --fp8-format, which is not supported",
-        help="Steps whose maxima the fp8 scale is taken from.")
+        1, group="Transformer-Engine",
+        help="With --fp8-recipe delayed: steps whose largest magnitudes are remembered.")
     fp8_amax_compute_algo: str = flag(
-        "most_recent", parse=None, choices=("most_recent", "max"), group="Transformer-Engine", status="noop",
-        reason="it details --fp8-format, which is not supported",
-        help="How the fp8 scale follows from that history.")
+        "most_recent", parse=None, choices=("most_recent", "max"), group="Transformer-Engine",
+        help="With --fp8-recipe delayed: scale by the last or the largest remembered magnitude.")
     fp8_wgrad: bool = flag(
-        True, off="--no-fp8-wgrad", group="Transformer-Engine", status="noop",
-        reason="it details --fp8-format, which is not supported",
-        help="Compute weight gradients in higher precision even with fp8.")
+        True, off="--no-fp8-wgrad", group="Transformer-Engine",
+        help="With --fp8-format: compute weight gradients in higher precision.")
     fp8_dot_product_attention: bool = from_args("fp8_dot_product_attention", False)
     fp8_multi_head_attention: bool = from_args("fp8_multi_head_attention", False)
     tp_only_amax_red: bool = from_args("tp_only_amax_red", False)
@@ -198,7 +192,9 @@ class TransformerConfig(ModelParallelConfig):
         True, off="--no-clone-scatter-output-in-embedding", group="training",
         help="Do not copy the sequence-parallel embedding; the whole sequence then stays allocated behind the slice.")
     disable_parameter_transpose_cache: bool = from_args("disable_parameter_transpose_cache", False)
-    enable_cuda_graph: bool = from_args("enable_cuda_graph", False)
+    enable_cuda_graph: bool = flag(
+        False, group="extras", status="gpu",
+        help="Record each layer's forward and backward pass once and replay them, which spares launching their kernels.")
     external_cuda_graph: bool = from_args("external_cuda_graph", False)
     config_logger_dir: str = flag(
         "", group="config logger", help="Write the constructor arguments of the main objects here as JSON.")
@@ -208,6 +204,16 @@ class TransformerConfig(ModelParallelConfig):
         False, group="training", status="gpu", kw_only=True,
         help="Demand the flash-attn package for attention; without the flag it is used where it fits.")
     standalone_embedding_stage: bool = from_args("standalone_embedding_stage", False, kw_only=True)
+    fp8_recipe: str = flag(
+        "delayed", choices=("delayed", "tensorwise"), group="extras", kw_only=True,
+        help="With --fp8-format: scale tensors by magnitudes of earlier steps (delayed) or their own (tensorwise).")
+    first_last_layers_bf16: bool = flag(
+        False, group="extras", kw_only=True,
+        help="With --fp8-format: keep the first and last layers out of fp8, as many as the next two flags say.")
+    num_layers_at_start_in_bf16: int = flag(
+        1, group="extras", kw_only=True, help="With --first-last-layers-bf16: layers at the beginning.")
+    num_layers_at_end_in_bf16: int = flag(
+        1, group="extras", kw_only=True, help="With --first-last-layers-bf16: layers at the end.")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -484,3 +490,65 @@ def fused_rope_rotates_halves(config: TransformerConfig) -> bool:
       fix="choose an expert-parallel size that divides the number of experts")
 def experts_divide_over_expert_ranks(config: TransformerConfig) -> bool:
     return (config.num_moe_experts or 0) % config.expert_model_parallel_size == 0
+
+
+# ---- fp8
+
+@rule(RULES, "--fp8-amax-history-len", bad="--fp8-format hybrid --fp8-amax-history-len 0",
+      why="a history of {a.fp8_amax_history_len} steps remembers nothing", fix="give 1 or more")
+def fp8_remembers(config: TransformerConfig) -> bool:
+    return config.fp8_amax_history_len >= 1
+
+
+@rule(RULES, "--fp8-format", "--num-experts", bad="--fp8-format hybrid --num-experts 4",
+      why="experts receive numbers of tokens that fp8 products cannot have (multiples of 16)", fix="drop --fp8-format")
+def fp8_excludes_experts(config: TransformerConfig) -> bool:
+    return config.fp8 is None or config.num_moe_experts is None
+
+
+@rule(RULES, "--first-last-layers-bf16", "--fp8-format", bad="--first-last-layers-bf16",
+      why="without fp8 all layers are in higher precision", fix="add --fp8-format hybrid, or drop the flag")
+def exempt_layers_need_fp8(config: TransformerConfig) -> bool:
+    return not config.first_last_layers_bf16 or config.fp8 is not None
+
+
+@rule(RULES, "--num-layers-at-start-in-bf16", "--num-layers-at-end-in-bf16",
+      bad="--fp8-format hybrid --first-last-layers-bf16 --num-layers-at-start-in-bf16 -1",
+      why="{a.num_layers_at_start_in_bf16} and {a.num_layers_at_end_in_bf16} are not numbers of layers",
+      fix="give 0 or more")
+def exempt_layers_count(config: TransformerConfig) -> bool:
+    return min(config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) >= 0
+
+
+# ---- recorded layers
+
+@rule(RULES, "--enable-cuda-graph", "--pipeline-model-parallel-size", bad="--enable-cuda-graph --pipeline-model-parallel-size 2",
+      why="a recorded layer holds the activations of one microbatch, and a pipeline keeps several", fix="drop one of them")
+def graphs_hold_one_microbatch(config: TransformerConfig) -> bool:
+    return not config.enable_cuda_graph or config.pipeline_model_parallel_size == 1
+
+
+@rule(RULES, "--enable-cuda-graph", "--hidden-dropout", "--attention-dropout", bad="--enable-cuda-graph --hidden-dropout 0.1",
+      why="a replay cannot switch the random states that dropout draws from",
+      fix="add --hidden-dropout 0 --attention-dropout 0, or drop --enable-cuda-graph")
+def graphs_exclude_dropout(config: TransformerConfig) -> bool:
+    return not config.enable_cuda_graph or config.hidden_dropout == config.attention_dropout == 0.0
+
+
+@rule(RULES, "--enable-cuda-graph", "--recompute-granularity", bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --recompute-granularity selective",
+      why="recomputation saves and restores random states, which cannot be recorded", fix="drop one of them")
+def graphs_exclude_recompute(config: TransformerConfig) -> bool:
+    return not config.enable_cuda_graph or config.recompute_granularity is None
+
+
+@rule(RULES, "--enable-cuda-graph", "--num-experts", bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --num-experts 4",
+      why="experts receive other numbers of tokens at every replay", fix="drop one of them")
+def graphs_exclude_experts(config: TransformerConfig) -> bool:
+    return not config.enable_cuda_graph or config.num_moe_experts is None
+
+
+@rule(RULES, "--enable-cuda-graph", "--fp8-recipe", bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --fp8-format e4m3",
+      why="delayed scales begin with the first step's own magnitudes, and a recording cannot change its mind",
+      fix="add --fp8-recipe tensorwise")
+def graphs_exclude_delayed_scales(config: TransformerConfig) -> bool:
+    return not config.enable_cuda_graph or config.fp8 is None or config.fp8_recipe == "tensorwise"

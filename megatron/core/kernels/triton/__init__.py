@@ -13,6 +13,7 @@ import torch
 from megatron.core.kernels.registry import HALF, Accepts, Needs, register
 
 TRITON = Needs(cuda=True, capability=(8, 0), packages={"triton": "3.0"})
+FP8 = Needs(cuda=True, capability=(8, 9), packages={"triton": "3.0"})
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 # op -> (file, function, rank): a rank below 0 loses to the torch implementation until measured to win
@@ -54,14 +55,15 @@ def _accepts_attention(spec: Any) -> str | None:
     return None if spec.dtype in HALF else "takes fp16 or bf16 (add --bf16)"
 
 
-def _enter(op: str, file: str, function: str, rank: int, accepts: Accepts) -> None:
+def _enter(op: str, file: str, function: str, rank: int, accepts: Accepts, needs: Needs = TRITON) -> None:
     def load() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"{__name__}.{file}"), function)
 
-    register(op, "triton", rank=rank, needs=TRITON, accepts=accepts)(load)
+    register(op, "triton", rank=rank, needs=needs, accepts=accepts)(load)
 
 
 for _op, (_file, _function, _rank) in KERNELS.items():
     _enter(_op, _file, _function, _rank, _floats_only)
 # below sdpa, which needs a dense mask for packed documents and windows and then declines
 _enter("core_attention", "attention", "attention", 9, _accepts_attention)
+_enter("fp8_quantize", "fp8_quantize", "quantize", 10, _floats_only, FP8)

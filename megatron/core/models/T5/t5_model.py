@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.enums import ModelType
+from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.language_model_embedding import (
     LanguageModelEmbedding,
@@ -46,7 +47,7 @@ class T5LMHead(MegatronModule):
         self.output_layer = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             vocab_size,
-            config=config,
+            config=in_high_precision(config),
             init_method=derived(config.init_method),
             bias=share_embeddings_and_output_weights,
             skip_bias_add=not share_embeddings_and_output_weights,

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.enums import ModelType
+from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.bert.bert_lm_head import BertLMHead
 from megatron.core.models.bert.pooler import Pooler
@@ -105,7 +106,7 @@ class BertModel(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,
-                config=config,
+                config=in_high_precision(config),
                 init_method=derived(config.init_method),
                 bias=True,
                 skip_bias_add=False,

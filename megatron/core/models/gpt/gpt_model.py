@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
+from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.language_model_embedding import (
     LanguageModelEmbedding,
@@ -102,7 +103,7 @@ class GPTModel(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,
-                config=config,
+                config=in_high_precision(config),
                 init_method=derived(config.init_method),
                 bias=False,
                 skip_bias_add=False,
