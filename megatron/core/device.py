@@ -7,9 +7,11 @@ these functions and therefore runs unchanged on a laptop.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -51,8 +53,18 @@ def init(local_rank: int) -> torch.device:
     if not available():
         keep_freed_memory()
         return torch.device("cpu")
+    configure_allocator()
     torch.cuda.set_device(local_rank % torch.cuda.device_count())
     return current()
+
+
+def configure_allocator() -> None:
+    """Let the accelerator's allocator grow its segments, so that layouts of changing sizes do not fragment memory.
+
+    What the user says in PYTORCH_CUDA_ALLOC_CONF (or PYTORCH_ALLOC_CONF) stands.
+    """
+    if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
 
 def keep_freed_memory() -> None:
@@ -164,3 +176,83 @@ def stop_external_profiler() -> None:
     """Close the capture range."""
     if available():
         torch.cuda.cudart().cudaProfilerStop()
+
+
+# Work beside the host --------------------------------------------------------------------------------------------
+
+
+def record_graphs(
+    modules: tuple[torch.nn.Module, ...], samples: tuple[tuple[Any, ...], ...]
+) -> Sequence[Any]:
+    """Callables that replay what the modules do with inputs like `samples`, forward and backward.
+
+    RuntimeError without an accelerator.
+    """
+    if not available():
+        raise RuntimeError("only an accelerator can record its kernels")
+    return torch.cuda.make_graphed_callables(modules, samples, allow_unused_input=True)
+
+
+def fetched_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches (dicts of tensors) on the device, each copied beside the computation that precedes its use.
+
+    Copies run on a stream of their own from pinned memory, one batch ahead. Without an accelerator the iterator itself.
+    """
+    return _fetch_ahead(batches) if available() else batches
+
+
+def _fetch_ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    stream = torch.cuda.Stream()
+
+    def fetch() -> tuple[dict[str, Any], Any] | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        with torch.cuda.stream(stream):
+            moved = {
+                key: value.to(current(), non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for key, value in batch.items()
+            }
+        return moved, stream.record_event()
+
+    pending = fetch()
+    while pending is not None:
+        batch, copied = pending
+        torch.cuda.current_stream().wait_event(copied)
+        for value in batch.values():
+            if isinstance(value, torch.Tensor):
+                value.record_stream(
+                    torch.cuda.current_stream()
+                )  # its memory is in use until that stream is done
+        pending = fetch()
+        yield batch
+
+
+#: Conditions on their way to the host: (value in pinned memory, event of its arrival, the error it means).
+_awaited: list[tuple[torch.Tensor, Any, Callable[[], Exception]]] = []
+
+
+def raise_later(condition: torch.Tensor, error: Callable[[], Exception]) -> None:
+    """Raise `error()` if a boolean scalar is true, without waiting for an accelerator to compute it.
+
+    On the CPU at once. On an accelerator the value travels beside the computation, and `raise_awaited` looks at it.
+    """
+    if condition.device.type == "cpu":
+        if bool(condition):
+            raise error()
+    elif condition.device.type != "meta":  # where nothing is computed nothing is wrong
+        arrived = torch.empty((), dtype=torch.bool, pin_memory=True)
+        arrived.copy_(condition, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        _awaited.append((arrived, event, error))
+
+
+def raise_awaited(wait: bool = False) -> None:
+    """Raise what the conditions that have arrived call for; with `wait` none is left undecided."""
+    while _awaited and (wait or _awaited[0][1].query()):
+        arrived, event, error = _awaited.pop(0)
+        event.synchronize()
+        if bool(arrived):
+            _awaited.clear()
+            raise error()

@@ -100,7 +100,8 @@ def build_train_valid_test_data_iterators(
     def iterator(loader: Any) -> Any:
         if loader is None or args.dataloader_type == "external":
             return loader
-        return iter(cyclic_iter(loader)) if args.dataloader_type == "cyclic" else iter(loader)
+        batches = cyclic_iter(loader) if args.dataloader_type == "cyclic" else iter(loader)
+        return device.fetched_ahead(batches)
 
     train, valid, test = build_train_valid_test_data_loaders(provider, ctx=ctx)
     return iterator(train), iterator(valid), iterator(test)

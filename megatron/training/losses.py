@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.core import parallel_state
+from megatron.core import device, parallel_state
 from megatron.core.errors import TrainingError
 from megatron.training.global_vars import get_context
 
@@ -46,11 +46,12 @@ def in_full_precision(values: Tensor) -> Tensor:
 
 
 def check_loss(loss: Tensor, name: str) -> None:
-    """Stop at the first NaN, before it reaches the weights."""
+    """Stop at the first NaN: before it reaches the weights on a CPU, before it reaches a checkpoint elsewhere."""
     args = get_context().args
-    if args.check_for_nan_in_loss_and_grad and bool(loss.isnan()):
-        raise TrainingError(
+    if args.check_for_nan_in_loss_and_grad:
+        error = TrainingError(
             name,
             f"is NaN on rank {args.rank} at iteration {args.curr_iteration + 1}",
             "lower --lr or resume from an earlier checkpoint; --no-check-for-nan-in-loss-and-grad goes on regardless",
         )
+        device.raise_later(loss.isnan(), lambda: error)

@@ -277,6 +277,7 @@ class Run:
         exiting = False
         while iteration < args.train_iters and not exiting:
             profiler.before(iteration)
+            device.raise_awaited()
             maybe_finalize_async_save(blocking=False)
             self._update_batch_size(iteration, throughput)
             args.curr_iteration = iteration
@@ -305,7 +306,7 @@ class Run:
                 totals,
                 *self._learning_rates(),
                 iteration,
-                self.optimizer.get_loss_scale().item(),
+                self.optimizer.get_loss_scale(),
                 report_memory,
                 skipped,
                 grad_norm,
@@ -321,6 +322,7 @@ class Run:
             if args.manual_gc and args.manual_gc_interval and iteration % args.manual_gc_interval == 0:
                 gc.collect()
 
+        device.raise_awaited(wait=True)
         if self.ctx.tensorboard:
             self.ctx.tensorboard.flush()
         if args.overlap_param_gather:
@@ -445,7 +447,8 @@ class Run:
         timers("interval-time").start(barrier=True)
 
     def save(self, iteration: int, non_persistent: bool = False) -> None:
-        """Write a checkpoint of this iteration."""
+        """Write a checkpoint of this iteration, unless something is wrong with it."""
+        device.raise_awaited(wait=True)
         with self._gathered_parameters():
             save_checkpoint(
                 iteration,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core import device
 from megatron.core.collectives import all_gather_single, reduce_scatter_single
 from megatron.core.distributed.buckets import BufferLayout, plan_buffer
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
@@ -118,16 +119,20 @@ class _ParamAndGradBucketGroup:
 
     def _raise_noted_nans(self) -> None:
         flags, self._nan_flags = self._nan_flags, None
-        if flags is None or not flags.any():
-            return
+        if flags is not None:
+            device.raise_later(flags.any(), self._nan_error)
+
+    def _nan_error(self) -> NanGradientError:
         culprits = [
             name
             for bucket in self.buckets
             for name, param in zip(bucket.names, bucket.params_list)
             if param.main_grad.isnan().any()  # type: ignore[attr-defined]
         ]
+        if not culprits:  # looked at after the step, when gradients are zero again
+            culprits = [name for bucket in self.buckets for name in bucket.names]
         rank = dist.get_rank() if dist.is_initialized() else 0
-        raise NanGradientError(
+        return NanGradientError(
             ", ".join(culprits[:5]) + (f" and {len(culprits) - 5} more" if len(culprits) > 5 else ""),
             f"the gradient is NaN on rank {rank}, before it was reduced over data-parallel ranks",
             "look for a diverging loss (lower --lr) or a broken sample; "

@@ -69,7 +69,7 @@ def run(job: Job) -> tuple[list[Any], Tensor]:
     gathers = _ParamGathers(job)
     alive = _InFlight()
     reported: list[Any] = []
-    num_tokens = torch.tensor(0, dtype=torch.int, device=device.current())
+    num_tokens = torch.zeros((), dtype=torch.int, device=device.current())
     held = _partial_recompute_limit(job)
     interleaved = job.geometry.chunks > 1
 

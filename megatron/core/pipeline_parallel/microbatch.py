@@ -111,7 +111,7 @@ def forward_step(
             else:
                 output, loss_func = forward_step_func(data_iterator, model, checkpoint_activations_microbatch)
 
-        num_tokens = torch.tensor(0, dtype=torch.int)
+        num_tokens = torch.zeros((), dtype=torch.int, device=device.current())
         if parallel_state.is_pipeline_last_stage():
             if collect_non_loss_data:
                 forward_data_store.append(loss_func(output, non_loss_data=True))
