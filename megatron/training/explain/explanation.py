@@ -1,0 +1,183 @@
+"""A command line worked out: its arguments, model, memory, traffic and time, as values."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron.core.errors import FlagError
+from megatron.core.kernels import capability, registry
+from megatron.core.kernels.capability import Capabilities
+from megatron.training.arguments import notices, parse_args, validate_for_training
+from megatron.training.config import build
+from megatron.training.explain import hardware, inventory, memory, parameters, steptime, traffic
+from megatron.training.explain.command import Command, understand
+from megatron.training.explain.hardware import DeviceProfile
+from megatron.training.explain.inventory import ChunkWork
+from megatron.training.explain.memory import StageMemory
+from megatron.training.explain.parameters import Stages
+from megatron.training.explain.steptime import StepTime
+from megatron.training.explain.traffic import Traffic
+from megatron.training.explain.vocabulary import Vocabulary, vocabulary
+from megatron.training.explain.workload import Workload, workload
+from megatron.training.initialize import prepare_args
+
+#: What an entry script would fill in.
+_DEFAULT_TOKENIZERS = {
+    "pretrain_gpt": "GPT2BPETokenizer",
+    "pretrain_bert": "BertWordPieceLowerCase",
+    "pretrain_t5": "BertWordPieceLowerCase",
+}
+_COMPUTE = {"h100": (9, 0), "h200": (9, 0), "a100": (8, 0)}
+#: Packages that come with every torch for CUDA.
+_WITH_CUDA = {"triton": "3.0"}
+#: CPU attention beyond this length does not keep probabilities (see blocked_attention.FLASH_LENGTH).
+_BLOCKED_UP_TO = 2048
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that can be said about a command before it runs."""
+
+    command: Command
+    args: Namespace
+    notices: list[str]
+    vocabulary: Vocabulary
+    choices: list[registry.Choice]
+    stages: Stages
+    works: tuple[tuple[ChunkWork, ...], ...]
+    workload: Workload
+    profile: DeviceProfile
+    memory: tuple[StageMemory, ...]
+    step: StepTime
+
+    def traffic(self, stage: int) -> list[Traffic]:
+        """What a rank of a stage sends per step."""
+        return traffic.of_stage(self.workload, self.profile, stage, self.stages[stage], self.works[stage])
+
+
+def explain(words: Sequence[str]) -> Explanation:
+    """Work out a command line; FlagError where the command itself would stop."""
+    command = understand(words)
+    machine = machine_of(command.device)
+    with capability.pretend(machine), _environment(command):
+        args, remarks = arguments(command, machine)
+        said = [*command.notes, *remarks, *notices(args)]
+    words_known = vocabulary(args)
+    if words_known.note is not None:
+        said.append(words_known.note)
+    profile = hardware.load(command.profile) if command.profile else hardware.PROFILES[command.device]
+    return work_out(command, args, machine, profile, said, words_known)
+
+
+def work_out(
+    command: Command,
+    args: Namespace,
+    machine: Capabilities,
+    profile: DeviceProfile,
+    said: list[str],
+    words_known: Vocabulary,
+) -> Explanation:
+    """From finished arguments to numbers."""
+    stages, choices = parameters.build(args, command.script, machine)
+    numbers = workload(args, stages, command.script, attention_kind(choices, args), not machine.has_cuda)
+    return assemble(command, args, said, words_known, choices, stages, numbers, profile)
+
+
+def assemble(
+    command: Command,
+    args: Namespace,
+    said: list[str],
+    words_known: Vocabulary,
+    choices: list[registry.Choice],
+    stages: Stages,
+    numbers: Workload,
+    profile: DeviceProfile,
+) -> Explanation:
+    """From the workload to memory and time."""
+    works = tuple(tuple(inventory.chunk_work(numbers, chunk) for chunk in row) for row in stages)
+    memories = tuple(
+        memory.stage_memory(numbers, stage, stages[stage], works[stage]) for stage in range(len(stages))
+    )
+    step = steptime.predict(numbers, profile, stages, works)
+    return Explanation(
+        command, args, said, words_known, choices, stages, works, numbers, profile, memories, step
+    )
+
+
+def reconsider(
+    explanation: Explanation, profile: DeviceProfile | None = None, **changes: object
+) -> Explanation:
+    """The same command with some numbers of its workload changed: what it would be if ..."""
+    e = explanation
+    numbers = replace(e.workload, **changes)  # type: ignore[arg-type]
+    return assemble(
+        e.command, e.args, e.notices, e.vocabulary, e.choices, e.stages, numbers, profile or e.profile
+    )
+
+
+def machine_of(name: str) -> Capabilities:
+    """The machine planned for. The packages installed here are taken to be there, and triton on any GPU."""
+    here = capability.probe()
+    if name == "cpu":
+        return Capabilities(None, "cpu", here.torch_version, here.packages)
+    packages = {**_WITH_CUDA, **here.packages}
+    return Capabilities(_COMPUTE[name], name.upper(), here.torch_version, packages)
+
+
+def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[str]]:
+    """Finished arguments, and what had to be said or left out to finish them."""
+    remarks: list[str] = []
+    args = parse_args(argv=command.flags)
+    args.rank, args.world_size = 0, command.world_size
+    if args.transformer_impl == "transformer_engine" and machine.has_cuda:
+        if "transformer_engine" not in machine.packages:
+            remarks.append(
+                "Transformer Engine is not here: planned with this library's own layers (equal parameters)"
+            )
+        args.transformer_impl = "local"
+        args.args_given = [name for name in args.args_given if name != "transformer_impl"]
+    if args.train_iters and args.rampup_batch_size is not None:
+        remarks.append(
+            "this command will not start: --rampup-batch-size counts samples, so give --train-samples instead of "
+            "--train-iters; explained without the ramp-up"
+        )
+        args.rampup_batch_size = None
+    if args.use_flash_attn and machine.has_cuda and "flash_attn" not in machine.packages:
+        remarks.append("assumed: flash-attn is installed on the cluster")
+        machine.packages["flash_attn"] = "2.8"  # type: ignore[index]
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_args(args, {"tokenizer_type": _DEFAULT_TOKENIZERS[command.script]})
+    try:
+        validate_for_training(args)
+    except FlagError as error:
+        remarks.append(f"this command will not start: {error}")
+    build.configs(args)
+    return args, remarks
+
+
+@contextlib.contextmanager
+def _environment(command: Command) -> Iterator[None]:
+    """The variables that scripts for GPUs export, and not those of a launcher that runs this tool."""
+    before = dict(os.environ)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.update(RANK="0", WORLD_SIZE=str(command.world_size))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def attention_kind(choices: Sequence[registry.Choice], args: Namespace) -> str:
+    """How the chosen attention treats scores (see Workload)."""
+    chosen = {choice.chosen for choice in choices if choice.op == "core_attention"}
+    if "matmul_softmax" in chosen:
+        return "scores"
+    short = args.attention_dropout > 0 or args.seq_length <= _BLOCKED_UP_TO
+    return "blocked" if "blocked" in chosen and short else "flash"

@@ -1,0 +1,73 @@
+"""Bytes that one rank sends per step, by who it talks to and over which kind of link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron.training.explain.hardware import DeviceProfile
+from megatron.training.explain.inventory import ChunkWork, Work
+from megatron.training.explain.parameters import Chunk
+from megatron.training.explain.workload import Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one rank sends in a step to the others of one group. `inside`: no transfer leaves the node."""
+
+    group: str
+    what: str
+    bytes: float
+    inside: bool
+
+
+def of_stage(
+    w: Workload, d: DeviceProfile, stage: int, chunks: Sequence[Chunk], works: Sequence[ChunkWork]
+) -> list[Traffic]:
+    """Everything a rank of this stage sends; rings send all but one part of what they carry."""
+    batches = w.microbatches
+    forward = _sum(works, lambda work: work.gathered)
+    again = _sum(works, lambda work: work.gathered, recomputed_only=True)
+    backward = _sum(works, lambda work: work.gathered_back + work.gathered_behind)
+    inner = w.tp * w.cp
+    rows = [
+        Traffic("tensor", "activations and their gradients", batches * _ring(w.tp) * (forward + again + backward), w.tp <= d.per_node),
+        Traffic("context", "keys, values and their gradients", batches * 3 * _sum(works, lambda work: work.ring), inner <= d.per_node),
+        Traffic("expert", "tokens", 2 * batches * _sum(works, lambda work: work.exchanged), inner * w.ep <= d.per_node),
+        Traffic("pipeline", "activations and their gradients", batches * w.message_bytes * _messages(w, stage), w.world <= d.per_node),
+    ]  # fmt: skip
+    near = w.tp * w.dp * w.cp <= d.per_node
+    reduced = gathered = 0.0
+    for chunk in chunks:
+        for param in chunk.parameters:
+            replicas = w.dp * w.cp // (w.ep if param.expert else 1)
+            rings = 1 if w.distributed_optimizer else 2
+            reduced += param.numel * w.gradient_bytes * rings * _ring(replicas)
+            gathered += param.numel * w.bytes * _ring(replicas) if w.distributed_optimizer else 0.0
+    rows += [
+        Traffic("data", "gradients", reduced, near),
+        Traffic("data", "parameters", gathered, near),
+    ]
+    return [row for row in rows if row.bytes]
+
+
+def _ring(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def _messages(w: Workload, stage: int) -> int:
+    """Activations and gradients that leave a stage per micro-batch."""
+    last = w.stages * w.chunks - 1
+    virtual = [chunk * w.stages + stage for chunk in range(w.chunks)]
+    return sum((v < last) + (v > 0) for v in virtual)
+
+
+def _sum(works: Sequence[ChunkWork], value: Callable[[Work], float], recomputed_only: bool = False) -> float:
+    total = 0.0
+    for chunk in works:
+        if not recomputed_only:
+            total += sum(value(work) for work in (*chunk.front, *chunk.back))
+        for group in chunk.groups:
+            if group.segment or not recomputed_only:
+                total += group.layers * sum(value(work) for work in group.works)
+    return total
