@@ -16,8 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from megatron.core import parallel_state
 from megatron.core.datasets.bert_dataset import BERTMaskedWordPieceDataset, BERTMaskedWordPieceDatasetConfig
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.enums import ModelType
 from megatron.core.models.bert.bert_layer_specs import (
     bert_layer_local_spec,
@@ -30,6 +28,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.batch import get_fields_on_this_tp_rank
 from megatron.training.cli import run_main
 from megatron.training.config import rules
+from megatron.training.datasets import build_splits, source_fields
 from megatron.training.losses import check_loss, in_full_precision
 from megatron.training.utils import average_losses_across_data_parallel_group, print_rank_0
 
@@ -124,17 +123,8 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
     """Train, validation and test datasets with at least these many samples."""
     args = get_args()
     config = BERTMaskedWordPieceDatasetConfig(
-        random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=get_blend_from_list(args.data_path),
-        blend_per_split=[
-            get_blend_from_list(p) for p in (args.train_data_path, args.valid_data_path, args.test_data_path)
-        ],
-        renormalize_blend_weights=args.renormalize_blend_weights,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        tokenizer=get_tokenizer(),
+        **source_fields(args, get_tokenizer()),
         masking_probability=args.mask_prob,
         short_sequence_probability=args.short_seq_prob,
         masking_max_ngram=3,
@@ -144,12 +134,9 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
         masking_use_geometric_distribution=False,
         classification_head=args.bert_binary_head,
     )
-    print_rank_0("> building train, validation, and test datasets for BERT ...")
-    splits = BlendedMegatronDatasetBuilder(
-        BERTMaskedWordPieceDataset, train_val_test_num_samples, is_dataset_built_on_rank, config
-    ).build()
-    print_rank_0("> finished creating BERT datasets ...")
-    return splits
+    return build_splits(
+        "BERT", BERTMaskedWordPieceDataset, train_val_test_num_samples, is_dataset_built_on_rank, config
+    )
 
 
 def run() -> None:

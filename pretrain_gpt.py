@@ -13,9 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.enums import ModelType
 from megatron.core.errors import FlagError
 from megatron.core.models.common.embeddings.rotary_pos_embedding import FrequencyScaling
@@ -27,8 +25,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
-from megatron.training.batch import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.training.batch import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank, makes_attention_mask
 from megatron.training.cli import run_main
+from megatron.training.datasets import build_splits, source_fields
 from megatron.training.losses import masked_token_loss
 from megatron.training.utils import print_rank_0
 
@@ -74,7 +73,7 @@ def layer_spec(args: Namespace) -> ModuleSpec:
 
 def get_batch(data_iterator: Iterator[dict[str, Tensor]]) -> tuple[Tensor | None, ...]:
     """tokens, labels, loss_mask, attention_mask, position_ids of this rank; all None on stages that need none."""
-    if not (parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()):
+    if not stage_reads_data():
         return (None,) * 5
     batch = get_batch_on_this_cp_rank(get_batch_on_this_tp_rank(data_iterator))
     return tuple(batch[key] for key in ("tokens", "labels", "loss_mask", "attention_mask", "position_ids"))
@@ -92,44 +91,32 @@ def forward_step(
     return output, partial(masked_token_loss, loss_mask)
 
 
-def is_dataset_built_on_rank() -> bool:
-    """Ranks that read data: the first of each tensor-parallel group, on the first and last pipeline stage."""
+def stage_reads_data() -> bool:
+    """The first and last pipeline stage read data; all do where masks depend on it."""
     ends = parallel_state.is_pipeline_first_stage() or parallel_state.is_pipeline_last_stage()
-    return ends and parallel_state.get_tensor_model_parallel_rank() == 0
+    return ends or makes_attention_mask(get_args())
+
+
+def is_dataset_built_on_rank() -> bool:
+    """Ranks that read data: the first of each tensor-parallel group, on the stages that read any."""
+    return stage_reads_data() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, int, int]) -> list[Any]:
     """Train, validation and test datasets with at least these many samples."""
     args = get_args()
-    blends = [
-        get_blend_from_list(p) for p in (args.train_data_path, args.valid_data_path, args.test_data_path)
-    ]
     config = GPTDatasetConfig(
-        random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=get_blend_from_list(args.data_path),
-        blend_per_split=blends,
-        renormalize_blend_weights=args.renormalize_blend_weights,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=get_tokenizer(),
+        **source_fields(args, get_tokenizer()),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         # A causal mask needs no tensor: attention looks left by itself.
-        create_attention_mask=args.create_attention_mask_in_dataloader and args.reset_attention_mask,
+        create_attention_mask=makes_attention_mask(args),
         s3_cache_path=args.s3_cache_path,
     )
-    print_rank_0("> building train, validation, and test datasets for GPT ...")
     dataset = MockGPTDataset if args.mock_data else GPTDataset
-    builder = BlendedMegatronDatasetBuilder(
-        dataset, train_val_test_num_samples, is_dataset_built_on_rank, config
-    )
-    splits = builder.build()
-    print_rank_0("> finished creating GPT datasets ...")
-    return splits
+    return build_splits("GPT", dataset, train_val_test_num_samples, is_dataset_built_on_rank, config)
 
 
 def run() -> None:

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.t5_dataset import T5MaskedWordPieceDataset, T5MaskedWordPieceDatasetConfig
-from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.enums import ModelType
 from megatron.core.models.T5.t5_model import T5Model
 from megatron.core.models.T5.t5_spec import (
@@ -33,6 +31,7 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.batch import get_fields_on_this_tp_rank
 from megatron.training.cli import run_main
 from megatron.training.config import build, rules
+from megatron.training.datasets import build_splits, source_fields
 from megatron.training.losses import masked_token_loss
 from megatron.training.utils import print_rank_0
 
@@ -137,18 +136,9 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
     """Train, validation and test datasets with at least these many samples."""
     args = get_args()
     config = T5MaskedWordPieceDatasetConfig(
-        random_seed=args.seed,
         sequence_length=args.encoder_seq_length,
         sequence_length_decoder=args.decoder_seq_length,
-        blend=get_blend_from_list(args.data_path),
-        blend_per_split=[
-            get_blend_from_list(p) for p in (args.train_data_path, args.valid_data_path, args.test_data_path)
-        ],
-        renormalize_blend_weights=args.renormalize_blend_weights,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        tokenizer=get_tokenizer(),
+        **source_fields(args, get_tokenizer()),
         masking_probability=args.mask_prob,
         short_sequence_probability=args.short_seq_prob,
         masking_max_ngram=10,
@@ -158,12 +148,9 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
         masking_use_geometric_distribution=True,
         create_attention_masks=False,
     )
-    print_rank_0("> building train, validation, and test datasets for T5 ...")
-    splits = BlendedMegatronDatasetBuilder(
-        T5MaskedWordPieceDataset, train_val_test_num_samples, is_dataset_built_on_rank, config
-    ).build()
-    print_rank_0("> finished creating T5 datasets ...")
-    return splits
+    return build_splits(
+        "T5", T5MaskedWordPieceDataset, train_val_test_num_samples, is_dataset_built_on_rank, config
+    )
 
 
 def t5_embedding_ranks(pp_ranks: list[int]) -> list[int]:
