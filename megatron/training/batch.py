@@ -18,6 +18,7 @@ from megatron.training.global_vars import get_context
 _DTYPES = {"loss_mask": torch.float32, "attention_mask": torch.bool}
 _FIRST_STAGE = ("tokens", "attention_mask", "position_ids")
 _LAST_STAGE = ("labels", "loss_mask", "attention_mask")
+_MIDDLE_STAGE = ("attention_mask",)
 _ALL = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -27,12 +28,13 @@ def get_batch_on_this_tp_rank(
     """The next GPT micro-batch on every tensor-parallel rank; the first one reads, the others receive.
 
     tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s], attention_mask bool [b, 1, s, s] or None when the
-    dataset makes none. Stages get what they need: the first no labels, the last no tokens. All ranks of the group call.
+    dataset makes none. Stages get what they need: the first no labels, the last no tokens, those between the mask alone.
+    All ranks of the group call.
     """
     args = (ctx or get_context()).args
     first = parallel_state.is_pipeline_first_stage()
     last = parallel_state.is_pipeline_last_stage()
-    wanted = _ALL if first and last else _FIRST_STAGE if first else _LAST_STAGE if last else ()
+    wanted = _ALL if first and last else _FIRST_STAGE if first else _LAST_STAGE if last else _MIDDLE_STAGE
     batch: dict[str, Tensor | None] = dict.fromkeys(_ALL)
     reads = parallel_state.get_tensor_model_parallel_rank() == 0
     if reads:

@@ -19,13 +19,16 @@ COMMON = (
     "--hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 "
     "--global-batch-size 16 --lr 5e-4 --min-lr 5e-5 --lr-decay-style cosine --mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 100 --transformer-impl local --num-workers 0 --attention-dropout 0 --hidden-dropout 0 "
-    f"--train-iters {STEPS} --eval-iters 0 --log-interval 1 --log-num-zeros-in-grad --distributed-backend gloo --adam-eps 1e-3 "
+    f"--train-iters {STEPS} --eval-iters 0 --log-interval 1 --log-num-zeros-in-grad --distributed-backend gloo "
+    "--adam-eps 1e-3 "
 )
 SMALL, DEEP = "--num-layers 4 ", "--num-layers 8 "
 LLAMA = (
     "--num-layers 4 --swiglu --normalization RMSNorm --disable-bias-linear --group-query-attention "
     "--num-query-groups 2 --position-embedding-type rope --untie-embeddings-and-output-weights "
 )
+DOCUMENTS = SMALL + "--reset-attention-mask --reset-position-ids "
+EXPERTS = SMALL + "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear "
 #: The padded vocabulary must not depend on the layout, or other logits would enter the softmax.
 VOCABULARY = 128
 
@@ -71,13 +74,56 @@ CASES = {
         8, 2, SMALL,
         "--tensor-model-parallel-size 2 --context-parallel-size 2 --pipeline-model-parallel-size 2",
     ),
-    "recompute full uniform": (1, 1, SMALL, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2"),
-    "recompute full block": (1, 1, SMALL, "--recompute-granularity full --recompute-method block --recompute-num-layers 1"),
+    "recompute full uniform": (
+        1, 1, SMALL, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 2",
+    ),
+    "recompute full block": (
+        1, 1, SMALL, "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+    ),
     "recompute selective": (2, 2, SMALL, "--tensor-model-parallel-size 2 --sequence-parallel --recompute-activations"),
     "llama tp2": (2, 2, LLAMA, "--tensor-model-parallel-size 2"),
     "llama pp2": (2, 1, LLAMA, "--pipeline-model-parallel-size 2"),
-    "llama tp2+sp x pp2": (4, 2, LLAMA, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
+    "llama tp2+sp x pp2": (
+        4, 2, LLAMA, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
+    ),
     "llama cp2": (2, 1, LLAMA, "--context-parallel-size 2"),
+    "two groups tp4": (4, 4, LLAMA, "--tensor-model-parallel-size 4"),
+    "two groups tp4+sp": (4, 4, LLAMA, "--tensor-model-parallel-size 4 --sequence-parallel"),
+    "embedding stage": (2, 1, SMALL, "--pipeline-model-parallel-size 2 --standalone-embedding-stage"),
+    "pp4 x vpp2 in turn": (
+        4, 1, DEEP,
+        "--pipeline-model-parallel-size 4 --num-layers-per-virtual-pipeline-stage 1 --no-overlap-p2p-communication",
+    ),
+    "pp2 x dp2 unaligned": (
+        4, 1, SMALL,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --use-distributed-optimizer "
+        "--overlap-grad-reduce --no-align-grad-reduce",
+    ),
+    "pp2 x dp2 early gather": (
+        4, 1, SMALL,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --use-distributed-optimizer "
+        "--overlap-grad-reduce --overlap-param-gather --overlap-param-gather-with-optimizer-step --ckpt-format torch",
+    ),
+    "tp2 x pp2 deferred embedding": (
+        4, 2, SMALL,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --defer-embedding-wgrad-compute",
+    ),
+    "tp2 distributed activations": (
+        2, 2, SMALL,
+        "--tensor-model-parallel-size 2 --recompute-granularity full --recompute-method uniform "
+        "--recompute-num-layers 1 --distribute-saved-activations",
+    ),
+    "cp2 all-to-all": (2, 1, SMALL, "--context-parallel-size 2 --context-parallel-algo a2a"),
+    "documents tp2": (2, 2, DOCUMENTS, "--tensor-model-parallel-size 2"),
+    "documents pp4": (4, 1, DOCUMENTS, "--pipeline-model-parallel-size 4"),
+    "documents cp2": (2, 1, DOCUMENTS, "--context-parallel-size 2"),
+    "documents tp2 x pp2": (4, 2, DOCUMENTS, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "experts ep2": (2, 1, EXPERTS, "--expert-model-parallel-size 2"),
+    "experts ep2 + distopt": (2, 1, EXPERTS, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+    "experts tp2+sp x ep2": (
+        4, 2, EXPERTS, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
+    ),
+    "experts pp2": (2, 1, EXPERTS, "--pipeline-model-parallel-size 2"),
     "per-token loss dp2 x cp2": (4, 1, SMALL, "--context-parallel-size 2 --calculate-per-token-loss"),
 }  # fmt: skip
 
