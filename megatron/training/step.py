@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import sanity
 from megatron.training.context import TrainContext
 from megatron.training.global_vars import get_context
+from megatron.training.profiling import OPTIMIZER_RANGE
 
 StepResult = tuple[dict[str, Tensor], int, float | None, float | None]
 
@@ -58,7 +59,8 @@ def train_step(
     sanity.after_backward(args, model)
 
     timers("optimizer", log_level=1).start(barrier=args.barrier_with_L1_time)
-    successful, grad_norm, num_zeros_in_grad = optimizer.step()
+    with torch.profiler.record_function(OPTIMIZER_RANGE):
+        successful, grad_norm, num_zeros_in_grad = optimizer.step()
     timers("optimizer").stop()
     sanity.after_update(args, model)
     if successful:

@@ -10,14 +10,22 @@ import importlib
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
+from megatron.core import device
+from megatron.core.errors import ConfigError
+from megatron.core.kernels import registry
+from megatron.core.kernels.capability import Capabilities, pretend
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 PACKAGE = "megatron.core.extensions.transformer_engine"
 
@@ -111,3 +119,69 @@ def test_packed_documents_are_padding_to_the_package(wrappers: Any) -> None:
     assert attention.call["attn_mask_type"] == "padding_causal" and attention.call["cu_seqlens_q"] is edges
     attention(q, q, q, None, AttnMaskType.causal)
     assert attention.call == {"attn_mask_type": "causal"}
+
+
+H100 = Capabilities((9, 0), "H100", torch.__version__, {"transformer_engine": "2.4"})
+
+
+def test_the_layer_is_of_that_package_where_it_can_run(wrappers: Any) -> None:
+    registry.forget_choices()
+    with pretend(H100), device.planning("cuda"):
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    assert registry.report()[-1].chosen == "transformer_engine"
+    assert spec.module.__name__ == "TETransformerLayer"
+    layer = build_module(spec, config=config(), layer_number=1)
+    parts = {name: type(module).__name__ for name, module in layer.named_modules()}
+    assert parts["self_attention.linear_qkv"] == parts["mlp.linear_fc1"] == "TELayerNormColumnParallelLinear"
+    assert parts["self_attention.core_attention"] == "TEDotProductAttention"
+    assert parts["self_attention.q_layernorm"] == "LayerNorm"
+    assert parts["input_layernorm"] == parts["pre_mlp_layernorm"] == "IdentityOp", (
+        "fused into the linear layers"
+    )
+    with pretend(H100), device.planning("cuda"):
+        experts = get_gpt_layer_with_transformer_engine_spec(num_experts=4)
+    assert experts.submodules.mlp.submodules.linear_fc1.__name__ == "TEColumnParallelLinear"
+
+
+def test_elsewhere_it_is_our_own_and_the_table_says_why() -> None:
+    registry.forget_choices()
+    with pretend(Capabilities()):
+        spec = get_gpt_layer_with_transformer_engine_spec(fp8="hybrid")
+    assert spec.module is TransformerLayer
+    (choice,) = registry.report()
+    assert choice.refused == (
+        ("transformer_engine", "needs a CUDA device; needs transformer_engine>=1.0, not installed"),
+    )
+
+
+def test_fp8_layers_run_under_the_packages_context(wrappers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.extensions.transformer_engine import layer as te_layer
+
+    entered: list[Any] = []
+
+    @contextmanager
+    def fp8_autocast(**options: Any) -> Iterator[None]:
+        entered.append(options)
+        yield
+
+    te = sys.modules["transformer_engine"]
+    te.pytorch.fp8_autocast = fp8_autocast
+    te.common.recipe.Format = types.SimpleNamespace(HYBRID="hybrid format", E4M3="e4m3 format")
+    te.common.recipe.Float8CurrentScaling = lambda fp8_format: ("current", fp8_format)
+    monkeypatch.setattr(te_layer.parallel_state, "get_amax_reduction_group", lambda *_: "ranks")
+    with monkeypatch.context() as patched:
+        patched.setattr(te_layer.TransformerLayer, "forward", lambda self, x: (x, None))
+        for fields, expected in (
+            ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, [("current", "hybrid format")]),
+            ({"fp8": None}, []),
+        ):
+            entered.clear()
+            module = build_module(te_layer.gpt_layer_spec(), config=config(**fields), layer_number=1)
+            module(torch.ones(1))
+            assert [options["fp8_recipe"] for options in entered] == expected
+    with pytest.raises(ConfigError, match="recompute"):
+        build_module(
+            te_layer.gpt_layer_spec(),
+            config=config(fp8="e4m3", fp8_recipe="tensorwise", recompute_granularity="selective"),
+            layer_number=1,
+        )

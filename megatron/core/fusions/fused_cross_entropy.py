@@ -1,8 +1,7 @@
 """Cross entropy over a vocabulary divided among ranks, in one pass and without fp32 copies of the logits.
 
-With z the logits of one token, the loss is log(sum exp z) - z[target]. Each rank holds a slice of z; two
-small all-reduces (maximum, then sum and target logit together) join them. The gradient is softmax(z) -
-onehot(target). The eager reference is v0.9's arithmetic: everything in fp32.
+With z the logits of one token, the loss is log(sum exp z) - z[target]; the gradient is softmax(z) - onehot(target). The
+eager reference is v0.9's arithmetic: everything in fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.collectives import all_gather_single
 from megatron.core.kernels.registry import register
 
 Group = dist.ProcessGroup
@@ -100,81 +100,71 @@ def vocab_cross_entropy_eager(
     return loss if spread == 0.0 else loss - spread * log_probs.mean(-1)
 
 
-_CHUNK_ELEMENTS = (
-    1 << 18
-)  # rows are taken so many elements at a time: about 1 MB of fp32, which stays in a core's cache
+#: Logits per block of rows on a CPU: 1 MB of fp32, which stays in a core's cache.
+_BLOCK_ELEMENTS = 1 << 18
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Blocks of rows that fit a cache; one block on an accelerator, where a launch costs more than a pass
-    over memory.
-    """
-    rows, width = logits.shape
-    step = max(1, _CHUNK_ELEMENTS // max(width, 1)) if logits.device.type == "cpu" else max(rows, 1)
-    for first in range(0, rows, step):
-        yield slice(first, min(first + step, rows))
-
-
-def _statistics(
-    logits: Tensor, exponentials: Tensor | None, local: Tensor, outside: Tensor, with_sum: bool
-) -> tuple[Tensor, Tensor]:
-    """logits [t, v/tp], local target [t] -> (maximum [t], rows (sum of exp, target logit, sum of logits) [2
-    or 3, t]).
-
-    exp(logits - maximum) is left in `exponentials` (may be `logits`) if given.
-    """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    peak = torch.empty(logits.shape[0], dtype=wide, device=logits.device)
-    sums = torch.empty(3 if with_sum else 2, logits.shape[0], dtype=wide, device=logits.device)
-    own = logits.gather(1, local.unsqueeze(1)).squeeze(1).to(wide)
-    sums[1] = own.masked_fill(outside, 0.0)
-    for rows in _chunks(logits):
-        block = logits[rows].to(wide)
-        torch.amax(block, dim=-1, out=peak[rows])
-        if with_sum:
-            torch.sum(block, dim=-1, out=sums[2, rows])
-        shifted = (
-            block if exponentials is None else exponentials[rows]
-        )  # without a buffer `block` is a copy of our own
-        torch.sub(block, peak[rows].unsqueeze(1), out=shifted)
-        torch.sum(shifted.exp_(), dim=-1, out=sums[0, rows])
-    return peak, sums
+def _row_blocks(z: Tensor) -> Iterator[slice]:
+    """Blocks of rows that fit a cache; one block on an accelerator, where launches cost more than memory passes."""
+    rows, columns = z.shape
+    step = max(1, _BLOCK_ELEMENTS // max(columns, 1)) if z.device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
 
 
 class _VocabCrossEntropy(torch.autograd.Function):
-    """Wide logits: their exponentials are kept and become the gradient. Half-precision logits: they are
-    kept themselves and the probabilities recomputed in fp32, because a probability near 1 rounded to half
-    precision would lose its gradient.
+    """Every rank reduces its slice of the logits z to two or three numbers per token (log-sum-exp, the target's logit if
+    it holds it, sum of z for label smoothing); one small all-gather joins them.
+
+    Wide logits: their exponentials are kept, in the buffer that backward turns into the gradient, so nothing is
+    exponentiated or allocated twice. Half-precision logits: they are kept themselves and exp(z - lse) is computed again in
+    fp32, because a probability rounded to half precision loses the gradient of every confident prediction.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, group: Group | None, label_smoothing: float, inplace: bool
     ) -> Tensor:
-        """logits [..., v/tp], target [...] -> loss [...]."""
-        flat, labels = logits.detach().reshape(-1, logits.shape[-1]), target.reshape(-1)
-        width, ranks = flat.shape[1], group_size(group)
-        keep, spread = smoothing_shares(label_smoothing, width * ranks)
-        local = labels if ranks == 1 else labels - dist.get_rank(group) * width
-        outside = (local < 0) | (local >= width)  # held by another rank, or (labels of padding, -1) by none
-        local = local.masked_fill(outside, 0)
-        wide = flat.dtype in (torch.float32, torch.float64)
-        exponentials = (flat if inplace else torch.empty_like(flat)) if wide else None
-        peak, sums = _statistics(flat, exponentials, local, outside, spread > 0.0)
+        """logits [..., v/tp], target [...] with global ids -> loss [...] in fp32 (fp64 for fp64 logits)."""
+        columns, ranks = logits.shape[-1], group_size(group)
+        z, local = logits.detach().reshape(-1, columns), target.reshape(-1)
         if ranks > 1:
-            whole = peak.clone()
-            dist.all_reduce(whole, op=dist.ReduceOp.MAX, group=group)
-            sums[0].mul_(torch.exp(peak - whole))
-            dist.all_reduce(sums, group=group)
-        else:
-            whole = peak
-        lse = sums[0].log().add_(whole)
-        ctx.save_for_backward(flat if exponentials is None else exponentials, local, outside, lse, peak)
-        ctx.wide, ctx.overwrite, ctx.spent = wide, inplace or wide, False
-        ctx.shape, ctx.keep, ctx.share = logits.shape, keep, spread / (width * ranks)
-        loss = (lse - sums[1]) * keep
+            local = local - columns * dist.get_rank(group)
+        foreign = (local < 0) | (local >= columns)  # held by another rank, or (labels of padding, -1) by none
+        local = local.masked_fill(foreign, 0)
+
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        kept = None
+        if z.dtype == wide:
+            kept = z if inplace else torch.empty_like(z) if ctx.needs_input_grad[0] else None
+        peak = torch.empty(z.shape[0], dtype=wide, device=z.device)
+        summary = peak.new_empty((3 if label_smoothing else 2, z.shape[0]))
+        summary[1] = z.gather(1, local.unsqueeze(1)).squeeze(1).masked_fill(foreign, 0.0)
+        for rows in _row_blocks(z):
+            block = z[rows].to(wide)
+            if label_smoothing:
+                torch.sum(block, dim=-1, out=summary[2, rows])
+            torch.amax(block, dim=-1, out=peak[rows])
+            exponentials = None if kept is None else kept[rows]
+            exponentials = torch.sub(block, peak[rows].unsqueeze(1), out=exponentials).exp_()
+            torch.sum(exponentials, dim=-1, out=summary[0, rows])
+        summary[0].log_().add_(peak)
+
+        if ranks > 1:
+            parts = summary.new_empty((ranks, *summary.shape))
+            all_gather_single(parts, summary.unsqueeze(0), group=group)
+            summary = torch.cat((parts[:, 0].logsumexp(dim=0, keepdim=True), parts[:, 1:].sum(dim=0)))
+
+        log_sum = summary[0]
+        keep, spread = smoothing_shares(label_smoothing, columns * ranks)
+        loss = log_sum - summary[1]
         if spread:
-            loss += spread * (lse - sums[2] / (width * ranks))
+            loss = keep * loss + spread * (log_sum - summary[2] / (columns * ranks))
+        ctx.keep, ctx.share, ctx.shape = keep, spread / (columns * ranks), logits.shape
+        ctx.exponentiated, ctx.overwrite, ctx.spent = kept is not None, kept is not None or inplace, False
+        # Kept exponentials are relative to this rank's maximum, kept logits to nothing.
+        shift = log_sum if kept is None else torch.exp(peak - log_sum)
+        ctx.save_for_backward(z if kept is None else kept, shift, local, foreign)
         return loss.view(target.shape)
 
     @staticmethod
@@ -183,27 +173,24 @@ class _VocabCrossEntropy(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("the buffer of the first backward pass was overwritten; run forward again")
         ctx.spent = ctx.overwrite
-        kept, local, outside, lse, peak = ctx.saved_tensors
-        weight = grad_output.reshape(-1).to(lse.dtype)
-        at_target = (weight * -ctx.keep).masked_fill_(outside, 0.0)
+        kept, shift, local, foreign = ctx.saved_tensors
+        weight = grad_output.reshape(-1, 1).to(shift.dtype)
+        minus_one_hot = (weight * -ctx.keep).masked_fill(foreign.unsqueeze(1), 0.0)
+        local, shift = local.unsqueeze(1), shift.unsqueeze(1)
+        if ctx.exponentiated:
+            factor = shift * weight
+            for rows in _row_blocks(kept):
+                block = kept[rows].mul_(factor[rows])
+                if ctx.share:
+                    block.sub_(ctx.share * weight[rows])
+                block.scatter_add_(1, local[rows], minus_one_hot[rows])
+            return kept.view(ctx.shape), None, None, None, None
         grad = kept if ctx.overwrite else torch.empty_like(kept)
-        factor = weight * torch.exp(peak - lse) if ctx.wide else weight
-        for rows in _chunks(kept):
-            if ctx.wide:
-                block = grad[rows].mul_(factor[rows].unsqueeze(1))
-            else:
-                block = (
-                    kept[rows]
-                    .to(lse.dtype)
-                    .sub_(lse[rows].unsqueeze(1))
-                    .exp_()
-                    .mul_(factor[rows].unsqueeze(1))
-                )
+        for rows in _row_blocks(kept):
+            block = torch.sub(kept[rows], shift[rows]).exp_()
             if ctx.share:
-                block.sub_(weight[rows].unsqueeze(1), alpha=ctx.share)
-            block.scatter_add_(1, local[rows].unsqueeze(1), at_target[rows].unsqueeze(1))
-            if not ctx.wide:
-                grad[rows] = block
+                block.sub_(ctx.share)
+            grad[rows] = block.mul_(weight[rows]).scatter_add_(1, local[rows], minus_one_hot[rows])
         return grad.view(ctx.shape), None, None, None, None
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+from megatron.core import device
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.kernels import registry
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -58,15 +63,29 @@ def get_gpt_layer_with_transformer_engine_spec(
     qk_layernorm: bool = False,
     fp8: str | None = None,
 ) -> ModuleSpec:
-    """A GPT layer for `--transformer-impl transformer_engine`; without that package the same layer of own
-    modules.
+    """A GPT layer for `--transformer-impl transformer_engine`: of that package's modules where it is installed and can run
+    (a CUDA device), else of our own.
 
-    Both compute the same and share distributed checkpoints. ValueError if fp8 is asked for: only the package
-    has it.
+    Both compute the same and share distributed checkpoints. Which of the two it is stands in the kernel table. `fp8` is
+    read from the configuration; the argument remains for callers that pass it.
     """
-    if fp8 is not None:
-        raise ValueError(f"fp8={fp8!r} (--fp8-format) needs Transformer Engine; drop it to train in bf16")
-    return get_gpt_layer_local_spec(num_experts, moe_grouped_gemm, qk_layernorm)
+    build = registry.select("gpt_layer", registry.Spec(device.kind()))
+    return build(num_experts, moe_grouped_gemm, qk_layernorm)
+
+
+@registry.register("gpt_layer", "local", rank=0)
+def _load_local() -> Any:
+    return get_gpt_layer_local_spec
+
+
+@registry.register(
+    "gpt_layer",
+    "transformer_engine",
+    rank=10,
+    needs=registry.Needs(cuda=True, packages={"transformer_engine": "1.0"}),
+)
+def _load_transformer_engine() -> Any:
+    return importlib.import_module("megatron.core.extensions.transformer_engine.layer").gpt_layer_spec
 
 
 def _mlp_spec(num_experts: int | None, moe_grouped_gemm: bool) -> ModuleSpec:

@@ -80,3 +80,10 @@ def nccl_needs_cuda(args: Any) -> bool:
       why="the flash-attn package needs a CUDA device", fix="drop the flag; attention is fused without it", device="cpu")
 def flash_attention_needs_cuda(args: Any) -> bool:
     return not args.use_flash_attn
+
+
+@rule(GIVEN, "--fp8-format", bad="--fp8-format hybrid",
+      why="this device's matrix units have no fp8: that takes compute capability 8.9",
+      fix="drop the flag and train with --bf16", device="cuda")
+def fp8_needs_matrix_units(args: Any) -> bool:
+    return args.fp8 is None or (capability.probe().compute or (0, 0)) >= (8, 9)

@@ -11,7 +11,9 @@ BERT: list[Rule] = []
 T5: list[Rule] = []
 
 
-def _for_both(*flags: str, bad: str, why: str, fix: str) -> Callable[[Callable[[Any], bool]], Callable[[Any], bool]]:
+def _for_both(
+    *flags: str, bad: str, why: str, fix: str
+) -> Callable[[Callable[[Any], bool]], Callable[[Any], bool]]:
     def register(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
         for rules in (BERT, T5):
             rule(rules, *flags, bad=bad, why=why, fix=fix)(holds)

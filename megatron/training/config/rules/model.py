@@ -265,3 +265,23 @@ def divided_activations_need_full_recomputation(args: Any) -> bool:
       why="selective recomputation acts in every layer and has no method", fix="drop --recompute-method")
 def selective_recomputation_has_no_method(args: Any) -> bool:
     return args.recompute_granularity != "selective" or args.recompute_method is None
+
+
+# ---- fp8
+
+@rule(DERIVED, "--fp8-format", "--seq-length", "--micro-batch-size",
+      bad="--fp8-format hybrid --seq-length 24 --max-position-embeddings 24 --micro-batch-size 1",
+      why="a micro-batch of {a.micro_batch_size} x {a.seq_length} tokens over {a.context_parallel_size} context-parallel "
+          "ranks does not divide into the blocks of 16 that fp8 products take",
+      fix="make --seq-length a multiple of 16 x --context-parallel-size")
+def fp8_tokens_divide(args: Any) -> bool:
+    tokens = args.micro_batch_size * (args.seq_length or 0) // args.context_parallel_size
+    return args.fp8 is None or tokens % 16 == 0
+
+
+@rule(GIVEN, "--fp8-recipe", "--fp8-amax-history-len", "--fp8-amax-compute-algo",
+      bad="--fp8-format hybrid --fp8-recipe tensorwise --fp8-amax-history-len 16",
+      why="tensorwise scales remember no earlier steps", fix="drop the history flags, or give --fp8-recipe delayed")
+def tensorwise_scales_have_no_history(args: Any) -> bool:
+    history = {"fp8_amax_history_len", "fp8_amax_compute_algo"} & set(args.args_given)
+    return args.fp8_recipe == "delayed" or not history
