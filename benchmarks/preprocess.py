@@ -3,9 +3,10 @@
     python benchmarks/preprocess.py                  # 300 MB, about ten minutes
     python benchmarks/preprocess.py --megabytes 30 --tokenizers gpt2
 
-Each line compares, in one run: the tool with one and with two workers; the tool's rate over v0.9's (measured once on a
-two-core machine: constants below); and the HuggingFace encoder alone, in this process, on one thread, without reading
-or writing files.
+In one run it compares the tool with one and with two workers; its rate over v0.9's (measured once on a quiet two-core
+machine: constants below), and over pure-Python encoders timed here (plain_encoders.py), by processor time, which other
+programs disturb least; and the HuggingFace encoder alone, in this process, on one thread, without reading or writing
+files. `--json FILE` keeps the numbers with what they were measured with.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
+from typing import Any
+
+import plain_encoders
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -28,7 +35,9 @@ V09_MIB_PER_SECOND = {"gpt2": 1.40, "wordpiece": 1.08, "sentencepiece": 4.6}  # 
 TARGET_RATIO = {"gpt2": 40, "wordpiece": 10, "sentencepiece": 2}
 TRAINING_DOCUMENTS = 2000
 VOCAB_SIZE = 32000
-HF_MEGABYTES = 20
+RIVAL_MEGABYTES = 20
+PLAIN_MEGABYTES = 5
+PACKAGES = ("numpy", "gigatoken", "tokenizers", "sentencepiece", "regex")
 
 
 def python_sources() -> Iterator[str]:
@@ -67,30 +76,42 @@ def train(corpus: Path, folder: Path, model: str) -> None:
     )
 
 
-def run_tool(name: str, *arguments: object) -> float:
-    """Run a tool as a user would; seconds."""
+def run_tool(name: str, *arguments: object) -> tuple[float, float]:
+    """Run a tool as a user would; seconds, and seconds of processor time of all its processes."""
     command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), children_processor_seconds()
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
         sys.exit(f"{' '.join(command)}\n{finished.stderr}")
-    return time.perf_counter() - start
+    return time.perf_counter() - start, children_processor_seconds() - processor_start
 
 
-def hf_rate(encode: Callable[[list[str]], object], corpus: Path) -> float:
-    """MiB/s of an encoder on the first texts of the corpus, after a warm-up document."""
+def children_processor_seconds() -> float:
+    """Processor time of all finished child processes so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def first_texts(corpus: Path, megabytes: int) -> tuple[list[str], float]:
+    """The first texts of the corpus and their MiB."""
     texts: list[str] = []
     size = 0
     with corpus.open(encoding="utf-8") as file:
         for line in file:
             texts.append(json.loads(line)["text"])
             size += len(texts[-1].encode("utf-8"))
-            if size >= HF_MEGABYTES * 1_000_000:
+            if size >= megabytes * 1_000_000:
                 break
+    return texts, size / MIB
+
+
+def rate(encode: Callable[[list[str]], object], corpus: Path, megabytes: int) -> float:
+    """MiB per second of processor time of an encoder on the first texts of the corpus, after a warm-up document."""
+    texts, size = first_texts(corpus, megabytes)
     encode(texts[:1])
-    start = time.perf_counter()
+    start = time.process_time()
     encode(texts)
-    return size / MIB / (time.perf_counter() - start)
+    return size / (time.process_time() - start)
 
 
 def hf_byte_level(folder: Path) -> Callable[[list[str]], object]:
@@ -117,10 +138,19 @@ def sentencepiece_engine(folder: Path) -> Callable[[list[str]], object]:
     return lambda texts: [processor.encode_as_ids(text) for text in texts]
 
 
-CASES: dict[
-    str, tuple[str, str, Callable[[Path], list[str]], Callable[[Path], Callable[[list[str]], object]]]
-] = {
-    "gpt2": (
+@dataclass(frozen=True)
+class Case:
+    """One tokenizer: how to train it, the tool's flags for it, and what it is compared with."""
+
+    model: str
+    rival_name: str
+    flags: Callable[[Path], list[str]]
+    rival: Callable[[Path], Callable[[list[str]], object]]
+    plain: Callable[[Path], Callable[[str], list[int]]]
+
+
+CASES = {
+    "gpt2": Case(
         "bpe",
         "HF ByteLevel BPE",
         lambda folder: [
@@ -128,19 +158,18 @@ CASES: dict[
             *("--merge-file", str(folder / "merges.txt"), "--append-eod"),
         ],
         hf_byte_level,
+        plain_encoders.byte_level_bpe,
     ),
-    "wordpiece": (
+    "wordpiece": Case(
         "wordpiece",
         "HF WordPiece",
         lambda folder: [
-            "--tokenizer-type",
-            "BertWordPieceLowerCase",
-            "--vocab-file",
-            str(folder / "vocab.txt"),
+            *("--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", str(folder / "vocab.txt"))
         ],
         hf_wordpiece,
+        plain_encoders.wordpiece,
     ),
-    "sentencepiece": (
+    "sentencepiece": Case(
         "unigram",
         "sentencepiece itself",
         lambda folder: [
@@ -148,8 +177,29 @@ CASES: dict[
             *("--tokenizer-model", str(folder / "tokenizer.model"), "--append-eod"),
         ],
         sentencepiece_engine,
+        plain_encoders.sentencepiece,
     ),
 }
+
+
+def measure(name: str, workers: int, corpus: Path, folder: Path, size: float) -> dict[str, Any]:
+    """One run of the tool: a row of the result."""
+    seconds, processor_seconds = run_tool(
+        "preprocess_data.py",
+        *("--input", corpus, "--workers", workers, "--output-prefix", folder / "out"),
+        *CASES[name].flags(folder),
+    )
+    reference = V09_MIB_PER_SECOND[name]
+    return {
+        "tokenizer": name,
+        "workers": workers,
+        "MiB/s": round(size / seconds, 1),
+        "MiB/s of processor time": round(size / processor_seconds, 1),
+        "v0.9 MiB/s": reference,
+        "times v0.9": round(size / seconds / reference, 1),
+        "wanted with one worker": TARGET_RATIO[name],
+        "load average": round(os.getloadavg()[0], 1),
+    }
 
 
 def main() -> None:
@@ -159,35 +209,49 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=300)
     parser.add_argument("--tokenizers", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--json", type=Path, default=None, help="write the numbers to this file")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    rows: list[dict[str, Any]] = []
+    beside: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        corpus = folder / "corpus.jsonl"
-        text_bytes = write_corpus(corpus, args.megabytes)
-        print(
-            f"{text_bytes / MIB:.0f} MiB of text, {os.cpu_count()} cores; MiB of text per second, start-up included"
-        )
+        corpus = Path(temporary) / "corpus.jsonl"
+        size = write_corpus(corpus, args.megabytes) / MIB
+        print(f"{size:.0f} MiB of text, {os.cpu_count()} cores; MiB of text per second, start-up included")
         for name in args.tokenizers:
-            model, rival, flags, build = CASES[name]
-            train(corpus, folder / name, model)
+            case, folder = CASES[name], Path(temporary) / name
+            train(corpus, folder, case.model)
             for workers in args.workers:
-                seconds = run_tool(
-                    "preprocess_data.py",
-                    *("--input", corpus, "--workers", workers, "--output-prefix", folder / name / "out"),
-                    *flags(folder / name),
-                )
-                rate = text_bytes / MIB / seconds
-                reference, target = V09_MIB_PER_SECOND[name], TARGET_RATIO[name]
+                row = measure(name, workers, corpus, folder, size)
                 print(
-                    f"{name:13} {workers} worker(s): {rate:7.1f} MiB/s = {rate / reference:5.1f}x v0.9's {reference} "
-                    f"(wanted with one worker: {target}x)",
+                    f"{name:13} {workers} worker(s): {row['MiB/s']:6.1f} MiB/s ({row['MiB/s of processor time']:.1f} by "
+                    f"processor time) = {row['times v0.9']:5.1f}x v0.9's {row['v0.9 MiB/s']} (wanted with one worker: "
+                    f"{row['wanted with one worker']}x), load average {row['load average']}",
                     flush=True,
                 )
-            rate = hf_rate(build(folder / name), corpus)
-            print(f"{'':13} {rival}, one thread, no files: {rate:.1f} MiB/s", flush=True)
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        print(f"largest process: {peak / 1024:.0f} MiB resident")
+                rows.append(row)
+            rival = rate(case.rival(folder), corpus, RIVAL_MEGABYTES)
+            plain = case.plain(folder)
+            python = rate(lambda texts, plain=plain: [plain(text) for text in texts], corpus, PLAIN_MEGABYTES)
+            beside[name] = {case.rival_name: round(rival, 1), "pure Python": round(python, 2)}
+            print(
+                f"{'':13} alone, one thread, no files: {case.rival_name} {rival:.1f}, pure Python {python:.2f} MiB/s",
+                flush=True,
+            )
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"largest process: {peak:.0f} MiB resident")
+    if args.json is not None:
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "text MiB": round(size),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "packages": {package: version(package) for package in PACKAGES},
+            "runs": rows,
+            "encoders alone, MiB/s of processor time": beside,
+            "largest process MiB": round(peak),
+        }
+        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
