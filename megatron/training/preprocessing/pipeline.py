@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy
 
+from megatron.core.datasets.files import write_atomically
 from megatron.core.datasets.token_types import DType
 from megatron.core.errors import DataError, FlagError, MegatronError
 from megatron.training.preprocessing.arguments import parse
@@ -86,14 +88,17 @@ class Run:
             [self.prefix] if args.partitions == 1 else [f"{self.prefix}_{i}" for i in range(args.partitions)]
         )
         self.prefixes = [f"{part}_{suffix}" for part in self.parts for suffix in self.suffixes]
+        self._completion = f"{self.prefix}.preprocess-done"  # what finished, for --resume to see
         self._line_position: dict[str, tuple[int, int]] = {}
 
     def execute(self) -> None:
         """Encode everything, then join partitions."""
         start = time.time()
         if self.args.resume and self._is_complete():
-            print(f"{self.prefix}: complete already, and newer than its input")
+            print(f"{self.prefix}: complete already, from this input and these options")
             return
+        if os.path.exists(self._completion):
+            os.unlink(self._completion)
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         inherited = self.encoder if context.get_start_method() == "fork" else None
         with ProcessPoolExecutor(
@@ -108,6 +113,9 @@ class Run:
             for suffix in self.suffixes:
                 parts = [f"{part}_{suffix}" for part in self.parts]
                 merge(parts, f"{self.prefix}_{suffix}", self.settings.dtype)
+        if self.args.resume:
+            identity = json.dumps(self._identity(), sort_keys=True).encode("utf-8")
+            write_atomically(self._completion, lambda file: file.write(identity))
 
     def merge_shards(self) -> None:
         """Join the shards that other invocations wrote."""
@@ -231,13 +239,12 @@ class Run:
         return earlier + (chunk.end if chunk.data is None and chunk.batch is None else 0)
 
     def _is_complete(self) -> bool:
-        """Whether a finished run left its files, after the input was last changed, and no interrupted one."""
-        if os.path.exists(f"{self.prefix}.preprocess-journal"):
-            return False
+        """Whether a run with --resume over this input with these options has finished, and its files are there."""
         targets = [f"{part}_{suffix}.idx" for part in {self.prefix, *self.parts} for suffix in self.suffixes]
-        if not all(map(os.path.exists, targets)):
+        if not all(map(os.path.exists, [self._completion, *targets])):
             return False
-        return min(map(os.path.getmtime, targets)) >= max(map(os.path.getmtime, self.paths))
+        with open(self._completion, encoding="utf-8") as file:
+            return file.read() == json.dumps(self._identity(), sort_keys=True)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for an interrupted run to be continued."""

@@ -10,7 +10,15 @@ import pytest
 from megatron.training.preprocessing import inputs, output
 from megatron.training.preprocessing.journal import JournalWriter, Progress, Record, read_journal
 from megatron.training.preprocessing.output import INTERRUPTED, PARTIAL
-from tests.unit.preprocess.runs import NULL, digests, leftovers, number_documents, run, write_jsonl
+from tests.unit.preprocess.runs import (
+    NULL,
+    digests,
+    documents_of,
+    leftovers,
+    number_documents,
+    run,
+    write_jsonl,
+)
 
 KEYS = ["--json-keys", "text", "other"]
 
@@ -136,11 +144,23 @@ def test_resume_refuses_another_run(
 def test_a_finished_run_is_not_repeated(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encode(corpus, tmp_path / "out")
+    prefix = tmp_path / "out"
+    encode(corpus, prefix, "--resume")
     before = (tmp_path / "out_text_document.bin").stat().st_mtime_ns
-    encode(corpus, tmp_path / "out", "--resume")
+    encode(corpus, prefix, "--resume")
     assert "complete already" in capsys.readouterr().out
     assert (tmp_path / "out_text_document.bin").stat().st_mtime_ns == before
+
+
+def test_a_finished_run_with_other_options_is_another_run(corpus: Path, tmp_path: Path) -> None:
+    without_eod = ["--input", corpus, *NULL, *KEYS, "--workers", 1, "--output-prefix"]
+    run(*without_eod, tmp_path / "expected")
+    encode(corpus, tmp_path / "out", "--resume")
+    run(*without_eod, tmp_path / "out", "--resume")
+    assert result(tmp_path / "out") == result(tmp_path / "expected")
+    write_jsonl(corpus / "b.jsonl", [document | {"other": "1"} for document in number_documents(5)])
+    run(*without_eod, tmp_path / "out", "--resume")
+    assert len(documents_of(f"{tmp_path / 'out'}_text_document")) == 305
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
