@@ -34,6 +34,7 @@ CASES = {
     "bf16": (1, GPT + "--bf16"),
     "llama bf16": (1, LLAMA + "--bf16"),
     "no dropout": (1, GPT + "--attention-dropout 0 --hidden-dropout 0"),
+    "scores in fp32": (1, GPT + "--fp16 --initial-loss-scale 256 --apply-query-key-layer-scaling"),
     "selective": (1, GPT + "--recompute-granularity selective"),
     "full uniform": (
         1,

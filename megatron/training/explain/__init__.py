@@ -6,6 +6,6 @@
 The assumptions behind the numbers, and how they compare with published and measured runs, are in docs/scale.md.
 """
 
-from megatron.training.explain.explanation import Explanation, explain, reconsider
+from megatron.training.explain.explanation import Explanation, Reading, explain, read, reconsider
 
-__all__ = ["Explanation", "explain", "reconsider"]
+__all__ = ["Explanation", "Reading", "explain", "read", "reconsider"]

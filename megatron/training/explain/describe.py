@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from argparse import Namespace
 from collections.abc import Sequence
 
+from megatron.core.kernels import capability
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
@@ -32,10 +35,13 @@ class _NoOptimizer:
 
 def lines(e: Explanation) -> list[str]:
     """The whole explanation."""
+    name = None if e.reading.command.device == "cpu" else e.profile.name.upper()
+    with capability.pretend(e.reading.machine):
+        layout = report.layout(e.args, name)
     return [
-        *report.layout(e.args, None if e.command.device == "cpu" else e.profile.name.upper()),
-        *(f">   {line}" for line in e.notices if line not in e.args.notices),
-        *report.tokenizer(e.args, e.vocabulary),
+        *layout,
+        *(f">   {remark}" for remark in e.reading.remarks),
+        *report.tokenizer(e.args, e.reading.vocabulary),
         *model(e),
         *report.kernels(e.choices),
         *run(e),
@@ -65,11 +71,14 @@ def run(e: Explanation) -> list[str]:
     ramp = [args.rampup_batch_size, args.global_batch_size, args.micro_batch_size, args.data_parallel_size]
     init_num_microbatches_calculator(1, *ramp)
     try:
-        scheduler = get_optimizer_param_scheduler(_NoOptimizer(), ctx=context)  # type: ignore[arg-type]
+        with contextlib.redirect_stdout(io.StringIO()):
+            scheduler = get_optimizer_param_scheduler(_NoOptimizer(), ctx=context)  # type: ignore[arg-type]
     finally:
         destroy_num_microbatches_calculator()
     wanted = get_train_valid_test_num_samples(ctx=context)
-    return report.schedule(args, scheduler) + data.lines(args, wanted, e.command.script == "pretrain_gpt")
+    return report.schedule(args, scheduler) + data.lines(
+        args, wanted, e.reading.command.script == "pretrain_gpt"
+    )
 
 
 def memory(e: Explanation) -> list[str]:
@@ -81,7 +90,7 @@ def memory(e: Explanation) -> list[str]:
         text = " + ".join(f"{part / _GIB:.3g}" for part in parts)
         result.append(f">   stage {stage}: {text} = {m.total / _GIB:.3g}  {_strip(m.held, largest)}")
     worst = max(m.total for m in e.memory)
-    if worst > e.profile.capacity and e.command.device != "cpu":
+    if worst > e.profile.capacity and e.reading.command.device != "cpu":
         result.append(
             f">   does not fit: {worst / 1e9:.0f} GB of {e.profile.capacity / 1e9:.0f} GB; consider more tensor or pipeline "
             "stages, --sequence-parallel, --recompute-granularity selective or full, --use-distributed-optimizer"
@@ -107,12 +116,13 @@ def time(e: Explanation) -> list[str]:
     per_rank = flops / e.args.world_size
     s = e.step
     rate = per_rank / s.seconds
+    rest = ("gradients", s.exposed_reduce_s), ("parameters", s.exposed_gather_s)
+    waits = ", ".join(f"{what} not hidden {seconds:.3g} s" for what, seconds in rest)
     return [
         f"> model FLOPs per step: {flops:.4g}, {per_rank:.4g} per rank",
         f"> predicted step on {e.profile.name}: {s.seconds:.4g} s = {rate / 1e12:.4g} TFLOP/s per rank, "
         f"{100 * rate / e.profile.peak:.1f}% of the peak (an estimate; docs/scale.md)",
-        f">   pipeline {s.pipeline_s:.4g} s (bubble {100 * s.bubble:.1f}%), gradients not hidden {s.exposed_reduce_s:.3g} s, "
-        f"parameters not hidden {s.exposed_gather_s:.3g} s, optimizer {s.optimizer_s:.3g} s",
+        f">   pipeline {s.pipeline_s:.4g} s (bubble {100 * s.bubble:.1f}%), {waits}, optimizer {s.optimizer_s:.3g} s",
     ]
 
 

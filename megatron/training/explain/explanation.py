@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from megatron.core.errors import FlagError
 from megatron.core.kernels import capability, registry
 from megatron.core.kernels.capability import Capabilities
-from megatron.training.arguments import notices, parse_args, validate_for_training
+from megatron.training.arguments import parse_args, validate_for_training
 from megatron.training.config import build
 from megatron.training.explain import hardware, inventory, memory, parameters, steptime, traffic
 from megatron.training.explain.command import Command, understand
@@ -35,18 +35,27 @@ _DEFAULT_TOKENIZERS = {
 _COMPUTE = {"h100": (9, 0), "h200": (9, 0), "a100": (8, 0)}
 #: Packages that come with every torch for CUDA.
 _WITH_CUDA = {"triton": "3.0"}
+_FLASH_ATTN = "2.8"
 #: CPU attention beyond this length does not keep probabilities (see blocked_attention.FLASH_LENGTH).
 _BLOCKED_UP_TO = 2048
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A command line whose arguments are finished; `remarks` are what had to be assumed or left out to finish them."""
+
+    command: Command
+    machine: Capabilities
+    args: Namespace
+    remarks: list[str]
+    vocabulary: Vocabulary
 
 
 @dataclass(frozen=True)
 class Explanation:
     """Everything that can be said about a command before it runs."""
 
-    command: Command
-    args: Namespace
-    notices: list[str]
-    vocabulary: Vocabulary
+    reading: Reading
     choices: list[registry.Choice]
     stages: Stages
     works: tuple[tuple[ChunkWork, ...], ...]
@@ -55,78 +64,72 @@ class Explanation:
     memory: tuple[StageMemory, ...]
     step: StepTime
 
+    @property
+    def args(self) -> Namespace:
+        """The finished arguments."""
+        return self.reading.args
+
     def traffic(self, stage: int) -> list[Traffic]:
         """What a rank of a stage sends per step."""
         return traffic.of_stage(self.workload, self.profile, stage, self.stages[stage], self.works[stage])
 
 
+def read(command: Command) -> Reading:
+    """Finish the arguments of a command for the machine it is planned for; FlagError where it would stop."""
+    machine, remarks = machine_of(command)
+    with capability.pretend(machine), _environment(command):
+        args, more = arguments(command, machine)
+    words = vocabulary(args)
+    remarks = [*command.notes, *remarks, *more]
+    if words.note is not None:
+        remarks.append(words.note)
+    return Reading(command, machine, args, remarks, words)
+
+
 def explain(words: Sequence[str]) -> Explanation:
     """Work out a command line; FlagError where the command itself would stop."""
-    command = understand(words)
-    machine = machine_of(command.device)
-    with capability.pretend(machine), _environment(command):
-        args, remarks = arguments(command, machine)
-        said = [*command.notes, *remarks, *notices(args)]
-    words_known = vocabulary(args)
-    if words_known.note is not None:
-        said.append(words_known.note)
+    reading = read(understand(words))
+    command, args = reading.command, reading.args
     profile = hardware.load(command.profile) if command.profile else hardware.PROFILES[command.device]
-    return work_out(command, args, machine, profile, said, words_known)
+    stages, choices = parameters.build(args, command.script, reading.machine)
+    kind = attention_kind(choices, args)
+    numbers = workload(args, stages, command.script, kind, not reading.machine.has_cuda)
+    return _assemble(reading, choices, stages, numbers, profile)
 
 
-def work_out(
-    command: Command,
-    args: Namespace,
-    machine: Capabilities,
-    profile: DeviceProfile,
-    said: list[str],
-    words_known: Vocabulary,
-) -> Explanation:
-    """From finished arguments to numbers."""
-    stages, choices = parameters.build(args, command.script, machine)
-    numbers = workload(args, stages, command.script, attention_kind(choices, args), not machine.has_cuda)
-    return assemble(command, args, said, words_known, choices, stages, numbers, profile)
-
-
-def assemble(
-    command: Command,
-    args: Namespace,
-    said: list[str],
-    words_known: Vocabulary,
+def _assemble(
+    reading: Reading,
     choices: list[registry.Choice],
     stages: Stages,
     numbers: Workload,
     profile: DeviceProfile,
 ) -> Explanation:
-    """From the workload to memory and time."""
     works = tuple(tuple(inventory.chunk_work(numbers, chunk) for chunk in row) for row in stages)
     memories = tuple(
         memory.stage_memory(numbers, stage, stages[stage], works[stage]) for stage in range(len(stages))
     )
     step = steptime.predict(numbers, profile, stages, works)
-    return Explanation(
-        command, args, said, words_known, choices, stages, works, numbers, profile, memories, step
-    )
+    return Explanation(reading, choices, stages, works, numbers, profile, memories, step)
 
 
-def reconsider(
-    explanation: Explanation, profile: DeviceProfile | None = None, **changes: object
-) -> Explanation:
-    """The same command with some numbers of its workload changed: what it would be if ..."""
-    e = explanation
+def reconsider(e: Explanation, profile: DeviceProfile | None = None, **changes: object) -> Explanation:
+    """The same command with some numbers of its workload, or the device, changed: what would it be if ..."""
     numbers = replace(e.workload, **changes)  # type: ignore[arg-type]
-    return assemble(
-        e.command, e.args, e.notices, e.vocabulary, e.choices, e.stages, numbers, profile or e.profile
-    )
+    return _assemble(e.reading, e.choices, e.stages, numbers, profile or e.profile)
 
 
-def machine_of(name: str) -> Capabilities:
-    """The machine planned for. The packages installed here are taken to be there, and triton on any GPU."""
+def machine_of(command: Command) -> tuple[Capabilities, list[str]]:
+    """The machine planned for, and what was assumed of it: packages of this one, triton and demanded ones on any GPU."""
     here = capability.probe()
-    if name == "cpu":
-        return Capabilities(None, "cpu", here.torch_version, here.packages)
-    packages = {**_WITH_CUDA, **here.packages}
-    return Capabilities(_COMPUTE[name], name.upper(), here.torch_version, packages)
+    if command.device == "cpu":
+        return Capabilities(None, "cpu", here.torch_version, here.packages), []
+    packages, remarks = {**_WITH_CUDA, **here.packages}, []
+    if "--use-flash-attn" in command.flags and "flash_attn" not in packages:
+        packages["flash_attn"] = _FLASH_ATTN
+        remarks.append("assumed: flash-attn is installed on the cluster")
+    return Capabilities(
+        _COMPUTE[command.device], command.device.upper(), here.torch_version, packages
+    ), remarks
 
 
 def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[str]]:
@@ -147,9 +150,6 @@ def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[
             "--train-iters; explained without the ramp-up"
         )
         args.rampup_batch_size = None
-    if args.use_flash_attn and machine.has_cuda and "flash_attn" not in machine.packages:
-        remarks.append("assumed: flash-attn is installed on the cluster")
-        machine.packages["flash_attn"] = "2.8"  # type: ignore[index]
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_args(args, {"tokenizer_type": _DEFAULT_TOKENIZERS[command.script]})
     try:

@@ -27,8 +27,9 @@ class Work:
     `attention` counts FLOPs of fused attention in the forward pass (two and a half times as many follow). `moved` and
     `moved_back` are bytes read and written beside GEMMs, `kept` bytes held until the backward pass. Transfers are whole
     tensors in bytes: `gathered` over the tensor-parallel group (all-gather or reduce-scatter) in the forward pass,
-    `gathered_back` waited for in the backward pass, `gathered_behind` behind a GEMM of the backward pass, `ring` the keys and
-    values that pass around the context-parallel ranks, `exchanged` what a rank sends to other experts' ranks.
+    `gathered_back` waited for in the backward pass, `gathered_behind` behind a GEMM of the backward pass, `ring` the keys
+    and values that pass around the context-parallel ranks, `exchanged` what a rank sends to other experts' ranks. `core` is
+    what selective recomputation runs again.
     """
 
     name: str
@@ -109,7 +110,8 @@ def _attention(w: Workload, rows: float, queries: int, keys: int, causal: bool) 
         moved = pairs * half * 4 * e
     else:
         flops = 4 * pairs * w.head
-        kept = pairs * (e + (4 if w.softmax_in_fp32 and e == 2 else 0) + w.attention_dropout)
+        softmax = 4 + e if w.softmax_in_fp32 and e == 2 else e  # its result, and a copy in half precision
+        kept = pairs * (softmax + (e + 1 if w.attention_dropout else 0))
         moved = pairs * (4 * e + 4)
     repeated = 0.0
     if w.attention != "flash" and w.keyed_heads < heads:
@@ -163,6 +165,7 @@ def layer(w: Workload, *, decoder: bool, cross: bool = False) -> list[Work]:
     per_token = (w.heads + 2 * w.groups) * w.head / w.tp
     rotated = rows * (w.heads / w.tp + w.keyed_heads) * w.head * e if w.rope else 0.0
     copied = rows * w.heads / w.tp * w.head * e if w.groups < w.heads and not w.rope else 0.0
+    causal = cross or (decoder and w.causal)
     works = [
         _norm(w, held),
         _column("qkv", w, rows, w.hidden, per_token, kept=held * w.hidden * e),
@@ -172,7 +175,7 @@ def layer(w: Workload, *, decoder: bool, cross: bool = False) -> list[Work]:
             moved_back=2 * rotated,
             kept=rows * per_token * e + rotated + copied,
         ),
-        _attention(w, rows, keys, keys, decoder and w.causal or cross),
+        _attention(w, rows, keys, keys, causal),
         _row("proj", w, rows, w.heads * w.head / w.tp, w.hidden, kept=rows * w.heads / w.tp * w.head * e),
         _join(w, held),
     ]

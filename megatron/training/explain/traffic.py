@@ -25,17 +25,24 @@ def of_stage(
     w: Workload, d: DeviceProfile, stage: int, chunks: Sequence[Chunk], works: Sequence[ChunkWork]
 ) -> list[Traffic]:
     """Everything a rank of this stage sends; rings send all but one part of what they carry."""
-    batches = w.microbatches
     forward = _sum(works, lambda work: work.gathered)
     again = _sum(works, lambda work: work.gathered, recomputed_only=True)
     backward = _sum(works, lambda work: work.gathered_back + work.gathered_behind)
-    inner = w.tp * w.cp
+    around = 3 * _sum(works, lambda work: work.ring)
+    spread = 2 * _sum(works, lambda work: work.exchanged)
+    handed = w.message_bytes * _messages(w, stage)
+    inner, n = w.tp * w.cp, w.microbatches
     rows = [
-        Traffic("tensor", "activations and their gradients", batches * _ring(w.tp) * (forward + again + backward), w.tp <= d.per_node),
-        Traffic("context", "keys, values and their gradients", batches * 3 * _sum(works, lambda work: work.ring), inner <= d.per_node),
-        Traffic("expert", "tokens", 2 * batches * _sum(works, lambda work: work.exchanged), inner * w.ep <= d.per_node),
-        Traffic("pipeline", "activations and their gradients", batches * w.message_bytes * _messages(w, stage), w.world <= d.per_node),
-    ]  # fmt: skip
+        Traffic(
+            "tensor",
+            "activations, gradients",
+            n * _ring(w.tp) * (forward + again + backward),
+            w.tp <= d.per_node,
+        ),
+        Traffic("context", "keys, values, gradients", n * around, inner <= d.per_node),
+        Traffic("expert", "tokens", n * spread, inner * w.ep <= d.per_node),
+        Traffic("pipeline", "activations, gradients", n * handed, w.world <= d.per_node),
+    ]
     near = w.tp * w.dp * w.cp <= d.per_node
     reduced = gathered = 0.0
     for chunk in chunks:
