@@ -4,14 +4,17 @@
     python benchmarks/datasets.py --only loader  # one of: indices large blend files loader
 
 `indices` compares with the same walk in plain Python on a part of the data, in the same run. `loader` reads samples as
-training does and, given the time of a training step, says what share of it waiting for data would be.
+training does and, given the time of a training step, says what share of it waiting for data would be. `--json FILE`
+keeps the numbers with what they were measured with.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
+import platform
 import resource
 import sys
 import tempfile
@@ -32,6 +35,15 @@ from megatron.training.data_samplers import build_data_loader
 
 SEQUENCE = 2048
 MIB = 1 << 20
+results: list[dict[str, Any]] = []
+
+
+def report(what: str, **numbers: float) -> None:
+    """Print one result and keep it, with the load that other programs put on the machine."""
+    load = round(os.getloadavg()[0], 1)
+    listed = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in numbers.items())
+    print(f"{what}: {listed} (load average {load})", flush=True)
+    results.append({"what": what, **numbers, "load average": load})
 
 
 class Tokenizer:
@@ -100,8 +112,12 @@ def bench_indices(directory: str) -> None:
     order = numpy.arange(part, dtype=numpy.int32)
     ours, in_numpy = timed(lambda: build_sample_idx(lengths, order, SEQUENCE, 1, int(lengths[:part].sum())))
     assert ours.tolist() == [list(row) for row in reference], "the two walks differ"
-    print(f"sample index of {part:,} documents: plain Python {in_python:.3f} s, ours {in_numpy:.4f} s, "
-          f"{in_python / in_numpy:.0f}x")  # fmt: skip
+    report(
+        f"sample index of {part:,} documents",
+        plain_python_s=round(in_python, 3),
+        ours_s=round(in_numpy, 4),
+        times=round(in_python / in_numpy),
+    )
     for epochs in (1, 3):
 
         def build(epochs: int = epochs) -> int:
@@ -114,8 +130,10 @@ def bench_indices(directory: str) -> None:
             return order.size
 
         count, seconds = min((timed(build) for _ in range(3)), key=lambda result: result[1])
-        print(
-            f"{lengths.size:,} documents, {tokens:,} tokens, {epochs} epochs: {count:,} samples in {seconds:.2f} s"
+        report(
+            f"all indices of {lengths.size:,} documents, {tokens:,} tokens, {epochs} epoch(s)",
+            samples=count,
+            s=round(seconds, 2),
         )
 
 
@@ -127,8 +145,11 @@ def bench_large(directory: str) -> None:
     before = peak_bytes()
     index, seconds = timed(lambda: build_sample_idx(lengths, documents, SEQUENCE, 1, tokens))
     grown, size = (peak_bytes() - before) / MIB, index.nbytes / MIB
-    print(
-        f"sample index of {len(index) - 1:,} samples: {seconds:.2f} s, {grown:,.0f} MiB more (the index: {size:,.0f})"
+    report(
+        f"sample index of {len(index) - 1:,} samples",
+        s=round(seconds, 2),
+        MiB_more=round(grown),
+        MiB_of_the_index=round(size),
     )
 
 
@@ -137,7 +158,7 @@ def bench_blend(directory: str) -> None:
     for datasets in (3, 10, 100):
         weights = numpy.random.default_rng(0).random(datasets) + 0.01
         _, seconds = timed(lambda w=weights: blend_datasets(w / w.sum(), 10_000_000))
-        print(f"blend of {datasets} datasets, 10,000,000 samples: {seconds:.2f} s")
+        report(f"blend of {datasets} datasets, 10,000,000 samples", s=round(seconds, 2))
 
 
 def bench_files(directory: str) -> None:
@@ -153,7 +174,7 @@ def bench_files(directory: str) -> None:
 
     for what in ("built", "from the cache"):
         dataset, seconds = timed(build)
-        print(f"blend of {len(prefixes):,} files {what}: {seconds:.1f} s, {len(dataset):,} samples")
+        report(f"blend of {len(prefixes):,} files {what}", s=round(seconds, 1), samples=len(dataset))
 
 
 def wait_s(batches: Iterator[Any], after_ms: float = 0.0) -> float:
@@ -181,8 +202,11 @@ def bench_loader(directory: str, step_ms: float) -> None:
         rate = 4 * SEQUENCE * 500 / sum(wait_s(batches) for _ in range(500))
         waits = [1000 * wait_s(batches, after_ms=step_ms) for _ in range(50)]
         share = numpy.mean(waits) / (numpy.mean(waits) + step_ms)
-        print(f"loader over {tokens:,} tokens, {workers} workers: {rate / 1e6:.1f} M tokens/s; "
-              f"waiting is {share:.2%} of a step of {step_ms:.0f} ms")  # fmt: skip
+        report(
+            f"loader over {tokens:,} tokens, {workers} worker processes, steps of {step_ms:.0f} ms",
+            M_tokens_per_s=round(rate / 1e6, 1),
+            percent_of_a_step_waiting=round(100 * share, 2),
+        )
 
 
 def main() -> None:
@@ -194,6 +218,7 @@ def main() -> None:
     parser.add_argument(
         "--step-ms", type=float, default=100.0, help="Time of a training step, for the loader"
     )
+    parser.add_argument("--json", default=None, help="Write the numbers to this file")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -205,6 +230,16 @@ def main() -> None:
         if args.only is None or name in args.only:
             with tempfile.TemporaryDirectory() as directory:
                 part(directory)
+    if args.json is not None:
+        record = {
+            "command": " ".join(["python", *sys.argv]),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "packages": {"numpy": numpy.__version__, "torch": torch.__version__},
+            "results": results,
+        }
+        with open(args.json, "w", encoding="utf-8") as file:
+            file.write(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
