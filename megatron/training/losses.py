@@ -52,6 +52,7 @@ def check_loss(loss: Tensor, name: str) -> None:
         error = TrainingError(
             name,
             f"is NaN on rank {args.rank} at iteration {args.curr_iteration + 1}",
-            "lower --lr or resume from an earlier checkpoint; --no-check-for-nan-in-loss-and-grad goes on regardless",
+            "lower --lr or resume from an earlier checkpoint; --sanity-checks names the layer, "
+            "--no-check-for-nan-in-loss-and-grad goes on regardless",
         )
         device.raise_later(loss.isnan(), lambda: error)

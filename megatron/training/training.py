@@ -28,8 +28,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.cuda_graphs import record_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import check_param_hashes_across_dp_replicas, get_model_config
-from megatron.training import report
+from megatron.core.utils import get_model_config
+from megatron.training import report, sanity
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.context import TrainContext
@@ -259,6 +259,7 @@ class Run:
         write_args_to_tensorboard()
         for chunk in self.model:
             chunk.train()
+        sanity.watch_outputs(args, self.model)
         self._connect_schedule()
         if self.config.enable_cuda_graph and device.available():
             layers = record_layers(self.model, self.config, args.seq_length, args.micro_batch_size)
@@ -384,12 +385,7 @@ class Run:
         if interval is None or iteration % interval:
             return
         with self._gathered_parameters():
-            if not check_param_hashes_across_dp_replicas(self.model, cross_check=True):
-                raise TrainingError(
-                    "--check-weight-hash-across-dp-replicas-interval",
-                    f"data-parallel replicas hold different weights after {iteration} iterations",
-                    "resume from the last checkpoint with --sanity-checks to find where they part",
-                )
+            sanity.replicas_equal(self.model)
             dist.barrier()
             print_rank_0(f">>> Weight hashes match after {iteration} iterations...")
 
