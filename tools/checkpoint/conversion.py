@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron.core.errors import FlagError, MegatronError
+from tools.checkpoint import tokenizer_files, verification
 
 # Newer releases' names of the same plug-ins.
 _RENAMED = {"core": "mcore", "legacy": "megatron"}
@@ -76,13 +77,19 @@ def _convert(argv: list[str] | None) -> int:
         add_help=False,
     )
     parser.add_argument(
-        "--model-type", required=True, choices=["GPT", "BERT"], help="what the checkpoint holds"
+        "--model-type", required=True, choices=["GPT", "BERT", "T5"], help="what the checkpoint holds"
     )
     parser.add_argument("--loader", default="megatron", help="module that reads")
     parser.add_argument("--saver", default="megatron", help="module that writes")
     parser.add_argument("--load-dir", required=True, help="directory to read")
     parser.add_argument("--save-dir", required=True, help="directory to write")
-    parser.add_argument("--max-queue-size", type=int, default=50, help="messages in flight")
+    parser.add_argument("--max-queue-size", type=int, default=1, help="messages (layers, mostly) in flight")
+    parser.add_argument(
+        "--no-verify", action="store_false", dest="verify", help="do not run both models and compare logits"
+    )
+    parser.add_argument(
+        "--tokenizer-dir", help="tokenizer files to carry along; by default those beside the source"
+    )
     parser.add_argument("--no-checking", action="store_false", dest="checking", help="ignore unused tensors")
     known, _ = parser.parse_known_args(argv)
     loader, saver = load_plugin("loader", known.loader), load_plugin("saver", known.saver)
@@ -115,4 +122,7 @@ def _convert(argv: list[str] | None) -> int:
         thread.join()
     for failure in failures:
         raise failure
+    tokenizer_files.carry(args, saver)
+    if args.verify:
+        verification.verify(loader, saver, args)
     return 0

@@ -1,4 +1,4 @@
-"""Read a HuggingFace directory of the Llama family or GPT-2: config.json and safetensors, one tensor at a time."""
+"""Read a HuggingFace directory of one of the known families: config.json and safetensors, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 from megatron.core.dist_checkpointing.safe_load import load_file
 from megatron.core.errors import CheckpointError
-from tools.checkpoint.hf_names import GPT2_LAYER, LLAMA_FAMILY, LLAMA_LAYER, pack_qkv
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from tools.checkpoint import names
+from tools.checkpoint.hf_families import family_of_config
+from tools.checkpoint.hf_model import HuggingFaceModel
+from tools.checkpoint.hf_rules import Family, Heads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,7 @@ class Weights:
         self.directory = directory
         self._where: dict[str, Path] = {}
         self._plain: dict[str, torch.Tensor] = {}
+        self.unused: set[str] = set()
         index = directory / "model.safetensors.index.json"
         if index.exists():
             self._where = {n: directory / f for n, f in json.loads(index.read_text())["weight_map"].items()}
@@ -55,159 +57,144 @@ class Weights:
             raise CheckpointError(
                 str(directory), "it has neither safetensors nor pytorch_model*.bin", "check --load-dir"
             )
+        self.unused = {*self._where, *self._plain}
 
-    def get(self, name: str, optional: bool = False) -> torch.Tensor | None:
-        """The tensor; None if it is missing and `optional`. CheckpointError otherwise."""
-        if name in self._plain:
-            return self._plain[name]
-        if name in self._where:
-            from safetensors import safe_open
+    def get(self, name: str) -> torch.Tensor | None:
+        """The tensor, or None."""
+        for other in (name, name.partition(".")[2]):
+            # Models without a head are stored without the first part of the names.
+            if other in self._plain:
+                self.unused.discard(other)
+                return self._plain[other]
+            if other in self._where:
+                from safetensors import safe_open
 
-            with safe_open(self._where[name], "pt") as file:
-                return file.get_tensor(name)
-        if optional:
-            return None
-        raise CheckpointError(str(self.directory), f"it has no tensor {name}", "check that it is complete")
+                self.unused.discard(other)
+                with safe_open(self._where[other], "pt") as file:
+                    return file.get_tensor(other)
+        return None
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json. CheckpointError if it cannot be read."""
+    try:
+        return json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            str(directory / "config.json"), f"cannot be read ({error})", "check the directory"
+        ) from error
 
 
 def load_checkpoint(queue: Any, args: Namespace) -> None:
     """Send the model, one layer at a time."""
     directory = Path(args.load_dir)
-    try:
-        config = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(directory / "config.json"), f"cannot be read ({error})", "check --load-dir"
-        ) from error
-    family = config.get("model_type")
+    config = read_config(directory)
+    family = family_of_config(config, args.model_type)
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     weights = Weights(directory)
-
-    def send(name: str, tensors: dict[str, torch.Tensor | None]) -> None:
-        present = {key: tensor.to(dtype) for key, tensor in tensors.items() if tensor is not None}
-        queue.put({"name": name, **present})
-
-    if family in LLAMA_FAMILY:
-        _send_llama(queue, send, weights, config, dtype, args)
-    elif family == "gpt2":
-        _send_gpt2(queue, send, weights, config, dtype, args)
-    else:
-        known = ", ".join([*LLAMA_FAMILY, "gpt2"])
-        raise CheckpointError(
-            str(directory), f"models of type {family} are not converted", f"known types: {known}"
+    md = _metadata(family, config, dtype, args)
+    heads = Heads.of(md.checkpoint_args)
+    queue.put(md)
+    for message in names.messages(md):
+        kind = message.name if message.layer is None else message.name.rpartition(" ")[0]
+        prefix, rules = family.rules[kind]
+        tensors: dict[str, torch.Tensor] = {}
+        for rule in rules:
+            tensors.update(rule.read(weights.get, prefix.format(message.layer), heads))
+        _demand(kind, tensors, md, directory)
+        family.after_read(kind, tensors, md.checkpoint_args)
+        queue.put({"name": message.name, **{key: tensor.to(dtype) for key, tensor in tensors.items()}})
+    unused = [name for name in sorted(weights.unused) if not name.endswith(family.ignored or ("\0",))]
+    if unused and args.checking:
+        why = (
+            f"it also has {', '.join(unused[:5])}{' ..' if len(unused) > 5 else ''}, which has no place here"
         )
+        raise CheckpointError(str(directory), why, "pass --no-checking to leave it out")
     queue.put("done")
 
 
-def _send_llama(
-    queue: Any, send: Any, weights: Weights, config: dict[str, Any], dtype: torch.dtype, args: Namespace
-) -> None:
-    heads = config["num_attention_heads"]
-    groups = config.get("num_key_value_heads") or heads
-    tied = config.get("tie_word_embeddings", False)
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError("config.json", f"hidden_act {config['hidden_act']} is not SwiGLU's silu")
-    if (scaling := config.get("rope_scaling")) and scaling.get("rope_type", scaling.get("type")) not in (
-        "default",
-        "llama3",
-    ):
-        raise CheckpointError("config.json", f"rope_scaling {scaling} cannot be represented")
-    rope = config.get("rope_parameters") or {}
-    queue.put(
-        _metadata(
-            args, dtype, num_layers=config["num_hidden_layers"], hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"], num_attention_heads=heads, num_query_groups=groups,
-            kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
-            max_position_embeddings=config["max_position_embeddings"], norm_epsilon=config.get("rms_norm_eps", 1e-6),
-            rotary_base=int(config.get("rope_theta") or rope.get("rope_theta") or 10000), normalization="RMSNorm",
-            position_embedding_type="rope", swiglu=True, add_bias_linear=False,
-            add_qkv_bias=config["model_type"] == "qwen2" or config.get("attention_bias", False),
-            untie_embeddings_and_output_weights=not tied, padded_vocab_size=config["vocab_size"],
-            tokenizer_type="HuggingFaceTokenizer", use_rope_scaling=bool(scaling),
-        )
-    )  # fmt: skip
-    send("embeddings", {"word embeddings": weights.get("model.embed_tokens.weight")})
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        message = {key: weights.get(prefix + name) for key, name in LLAMA_LAYER.items()}
-        for kind in ("weight", "bias"):
-            parts = [
-                weights.get(f"{prefix}self_attn.{p}_proj.{kind}", optional=kind == "bias") for p in "qkv"
-            ]
-            message[f"qkv {kind}"] = None if parts[0] is None else pack_qkv(*parts, groups)
-        send(f"transformer layer {layer}", message)
-    send("final norm", {"weight": weights.get("model.norm.weight")})
-    if not tied:
-        send("output layer", {"weight": weights.get("lm_head.weight")})
+def verification_model(args: Namespace) -> HuggingFaceModel:
+    """The model that was read, to compare with what was written."""
+    directory = Path(args.load_dir)
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return HuggingFaceModel(directory, args.model_type, Weights(directory).get, dtype)
 
 
-def _send_gpt2(
-    queue: Any, send: Any, weights: Weights, config: dict[str, Any], dtype: torch.dtype, args: Namespace
-) -> None:
-    heads = config["n_head"]
-    if config.get("activation_function", "gelu_new") not in (
-        "gelu_new",
-        "gelu",
-        "gelu_fast",
-        "gelu_pytorch_tanh",
-    ):
+def _demand(kind: str, tensors: dict[str, torch.Tensor], md: Namespace, directory: Path) -> None:
+    """CheckpointError unless the tensors are all that a model of these arguments has."""
+    wanted = {
+        "embeddings": ["word embeddings"]
+        + ["position embeddings"] * (md.position_embedding_type == "learned_absolute"),
+        "final norm": ["weight"],
+        "output layer": ["weight"],
+        "lm head": ["bias"],
+    }.get(kind, ["weight", "bias"])
+    if "layer" in kind and kind != "output layer":
+        modules = ["input norm", "qkv", "dense", "post norm", "mlp l1"]
+        wanted = [f"{module} weight" for module in modules]
+        wanted += ["mlp l0 weight W", "mlp l0 weight V"] if md.swiglu else ["mlp l0 weight"]
+        if md.linear_bias:
+            wanted += ["qkv bias", "dense bias", "mlp l0 bias", "mlp l1 bias"]
+        if getattr(md.checkpoint_args, "add_qkv_bias", False):
+            wanted.append("qkv bias")
+        if md.norm_has_bias:
+            wanted += ["input norm bias", "post norm bias"]
+    missing = [key for key in wanted if key not in tensors]
+    if missing:
         raise CheckpointError(
-            "config.json", f"activation {config['activation_function']} cannot be represented"
+            str(directory), f"it lacks {', '.join(missing)} of {kind}", "check that it is complete"
         )
-    if config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True):
-        raise CheckpointError("config.json", "its attention scaling cannot be represented")
-    queue.put(
-        _metadata(
-            args, dtype, num_layers=config["n_layer"], hidden_size=config["n_embd"],
-            ffn_hidden_size=config.get("n_inner") or 4 * config["n_embd"], num_attention_heads=heads,
-            kv_channels=config["n_embd"] // heads, max_position_embeddings=config["n_positions"],
-            norm_epsilon=config.get("layer_norm_epsilon", 1e-5), normalization="LayerNorm", swiglu=False,
-            position_embedding_type="learned_absolute", add_bias_linear=True, untie_embeddings_and_output_weights=False,
-            padded_vocab_size=config["vocab_size"], tokenizer_type="GPT2BPETokenizer",
-            bias_gelu_fusion=config.get("activation_function", "gelu_new") != "gelu",
-        )
-    )  # fmt: skip
-    root = "" if weights.get("wte.weight", optional=True) is not None else "transformer."
-    send(
-        "embeddings",
-        {
-            "word embeddings": weights.get(f"{root}wte.weight"),
-            "position embeddings": weights.get(f"{root}wpe.weight"),
+
+
+def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> Namespace:
+    """What the saver must know; its arguments are those a run of this model needs."""
+    own = family.arguments(config)
+    heads = own["num_attention_heads"]
+    saved = {
+        "seq_length": own["max_position_embeddings"],
+        "iteration": 0,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "add_position_embedding": True,
+        "make_vocab_size_divisible_by": 128,
+        "consumed_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "tokenizer_model": args.tokenizer_model,
+        "group_query_attention": own.get("num_query_groups", heads) != heads,
+        "add_qkv_bias": False,
+        "padded_vocab_size": config["vocab_size"],
+        **own,
+    }
+    checkpoint_args = Namespace(**saved)
+    return Namespace(
+        model_type=args.model_type,
+        iteration=0,
+        params_dtype=dtype,
+        bert_binary_head=saved.get("bert_binary_head", False),
+        output_layer=saved["untie_embeddings_and_output_weights"],
+        linear_bias=saved["add_bias_linear"],
+        norm_has_bias=saved["normalization"] == "LayerNorm",
+        swiglu=saved["swiglu"],
+        previous_tensor_parallel_size=1,
+        previous_pipeline_parallel_size=1,
+        true_vocab_size=args.true_vocab_size,
+        make_vocab_size_divisible_by=128,
+        checkpoint_args=checkpoint_args,
+        consumed_train_samples=0,
+        consumed_valid_samples=0,
+        **{
+            name: saved[name]
+            for name in [
+                "seq_length",
+                "tokenizer_type",
+                "num_layers",
+                "hidden_size",
+                "num_attention_heads",
+                "max_position_embeddings",
+                "position_embedding_type",
+            ]
         },
     )
-    for layer in range(config["n_layer"]):
-        prefix = f"{root}h.{layer}."
-        message = {}
-        for key, (name, transposed) in GPT2_LAYER.items():
-            tensor = weights.get(prefix + name)
-            assert tensor is not None, "a required tensor is there or an error was raised"
-            message[key] = tensor.t().contiguous() if transposed else tensor
-        qkv_weight, qkv_bias = (weights.get(f"{prefix}attn.c_attn.{kind}") for kind in ("weight", "bias"))
-        assert qkv_weight is not None and qkv_bias is not None, "required tensors"
-        message["qkv weight"] = pack_qkv(*qkv_weight.t().chunk(3), heads)
-        message["qkv bias"] = pack_qkv(*qkv_bias.chunk(3), heads)
-        send(f"transformer layer {layer}", message)
-    send("final norm", {"weight": weights.get(f"{root}ln_f.weight"), "bias": weights.get(f"{root}ln_f.bias")})
-
-
-def _metadata(args: Namespace, dtype: torch.dtype, **saved: Any) -> Namespace:
-    """What the saver must know; `saved` are the arguments a run of this model needs."""
-    checkpoint_args = Namespace(
-        seq_length=saved["max_position_embeddings"], iteration=0, params_dtype=dtype,
-        bf16=dtype is torch.bfloat16, fp16=dtype is torch.float16, tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1, add_position_embedding=True, make_vocab_size_divisible_by=128,
-        consumed_train_samples=0, consumed_valid_samples=0, tokenizer_model=args.tokenizer_model,
-        group_query_attention=saved.get("num_query_groups", saved["num_attention_heads"]) != saved["num_attention_heads"],
-        add_qkv_bias=False, **{key: value for key, value in saved.items() if key != "add_qkv_bias"},
-    )  # fmt: skip
-    checkpoint_args.add_qkv_bias = saved.get("add_qkv_bias", False)
-    return Namespace(
-        model_type=args.model_type, iteration=0, params_dtype=dtype, bert_binary_head=False,
-        output_layer=saved["untie_embeddings_and_output_weights"], linear_bias=saved["add_bias_linear"],
-        norm_has_bias=saved["normalization"] == "LayerNorm", swiglu=saved["swiglu"],
-        previous_tensor_parallel_size=1, previous_pipeline_parallel_size=1, true_vocab_size=args.true_vocab_size,
-        make_vocab_size_divisible_by=128, checkpoint_args=checkpoint_args, consumed_train_samples=0,
-        consumed_valid_samples=0, seq_length=checkpoint_args.seq_length, tokenizer_type=saved["tokenizer_type"],
-        num_layers=saved["num_layers"], hidden_size=saved["hidden_size"], num_attention_heads=saved["num_attention_heads"],
-        max_position_embeddings=saved["max_position_embeddings"], position_embedding_type=saved["position_embedding_type"],
-    )  # fmt: skip

@@ -1,5 +1,5 @@
 """The classic name of the HuggingFace loader."""
 
-from tools.checkpoint.loader_hf import add_arguments, load_checkpoint
+from tools.checkpoint.loader_hf import add_arguments, load_checkpoint, verification_model
 
-__all__ = ["add_arguments", "load_checkpoint"]
+__all__ = ["add_arguments", "load_checkpoint", "verification_model"]

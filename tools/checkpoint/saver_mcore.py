@@ -1,23 +1,49 @@
-"""Write the torch format with today's names, for any tensor- and pipeline-parallel size; no model is built."""
+"""Write the torch format with today's names, for any tensor-, pipeline- and expert-parallel size; no model is built."""
 
 from __future__ import annotations
 
 import argparse
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron.core.dist_checkpointing import durable
-from megatron.core.errors import CheckpointError, FlagError
+from megatron.core.errors import FlagError
 from megatron.training.checkpointing.layout import Tracked, write_tracker
 from megatron.training.checkpointing.state import portable_args
-from tools.checkpoint import names
-from tools.checkpoint.names import Entry
+from tools.checkpoint import loader_mcore, names
+from tools.checkpoint.megatron_model import MegatronModel
+from tools.checkpoint.names import Entry, Message
+from tools.checkpoint.receiving import leftover, pad_vocabulary, receive, receive_end, receive_metadata
+from tools.checkpoint.sources import open_source
+from tools.checkpoint.streamed import Stored, TorchFile
 
 Weights = dict[str, Any]
+
+# The order of a model's modules in its state dict.
+_SECTIONS = [
+    "embedding",
+    "position_embeddings",
+    "encoder",
+    "decoder",
+    "lm_head",
+    "output_layer",
+    "binary_head",
+    "pooler",
+]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tensor-, pipeline- and expert-parallel sizes of the target."""
+
+    tp: int
+    pp: int
+    ep: int
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,182 +52,179 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--megatron-path", help="accepted for older command lines; not needed")
     group.add_argument("--target-tensor-parallel-size", type=int, help="default: as in the source")
     group.add_argument("--target-pipeline-parallel-size", type=int, help="default: as in the source")
+    group.add_argument("--target-expert-parallel-size", type=int, default=1, help="for models with experts")
     group.add_argument("--saver-transformer-impl", default="local", choices=["local", "transformer_engine"])
 
 
 def save_checkpoint(queue: Any, args: Namespace) -> None:
     """Write what the loader sends."""
-    write(queue, args, lambda weights, md: weights)
+    write(queue, args, file_content)
 
 
-def write(queue: Any, args: Namespace, rename: Callable[[Weights, Namespace], Weights]) -> None:
-    """Receive a model, cut it for every rank, and publish it; `rename` gives the state dict its final form."""
-    md = receive_metadata(queue)
+def verification_model(args: Namespace) -> MegatronModel:
+    """The model that was written, to compare with what was read."""
+    source = open_source(args.save_dir, args.model_type)
+    only_the_kind = Namespace(model_type=args.model_type)
+    return MegatronModel(source, loader_mcore.metadata(source, only_the_kind))
+
+
+def target_sizes(md: Namespace, args: Namespace) -> Sizes:
+    """The sizes asked for, or the source's; FlagError if the model cannot be cut so."""
     tp = args.target_tensor_parallel_size or md.previous_tensor_parallel_size or 1
     pp = args.target_pipeline_parallel_size or md.previous_pipeline_parallel_size or 1
-    _check_sizes(md, tp, pp)
-    stack = "encoder" if md.model_type == "BERT" else "decoder"
-    root = Path(args.save_dir)
-    tracked = Tracked(md.iteration) if md.iteration else Tracked(0, release=True)
-    final = root / tracked.directory
-    staged, checksums = durable.stage(final), {}
-    saved_args = _arguments(md, args, tp, pp)
-
-    embeddings = receive(queue, "embeddings", args.checking)
-    saved_args.padded_vocab_size = _pad_vocabulary(embeddings, "word embeddings", md, tp)
-    embedding_parts = _cut(embeddings, names.EMBEDDINGS, "", tp, args.checking)
-    tied = [weights["embedding.word_embeddings.weight"] for weights in embedding_parts]
-    for stage in range(pp):
-        ranks: list[Weights] = [dict(embedding_parts[rank]) if stage == 0 else {} for rank in range(tp)]
-        for local in range(md.num_layers // pp):
-            layer = stage * (md.num_layers // pp) + local
-            message = receive(queue, f"transformer layer {layer}", args.checking)
-            _extend(ranks, _cut(message, names.LAYER, f"{stack}.layers.{local}.", tp, args.checking))
-        if stage == pp - 1:
-            _extend(
-                ranks,
-                _cut(
-                    receive(queue, "final norm", args.checking),
-                    names.FINAL_NORM,
-                    f"{stack}.",
-                    tp,
-                    args.checking,
-                ),
-            )
-            if md.output_layer:
-                message = receive(queue, "output layer", args.checking)
-                _pad_vocabulary(message, "weight", md, tp)
-                _extend(ranks, _cut(message, names.OUTPUT_LAYER, "", tp, args.checking))
-            elif pp > 1:
-                # The last stage computes logits with its own copy of the tied embedding.
-                _extend(ranks, [{"output_layer.weight": part} for part in tied])
-            if md.model_type == "BERT":
-                _bert_heads(queue, ranks, md, tp, args.checking)
-        for rank, weights in enumerate(ranks):
-            directory = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
-            (staged / directory).mkdir()
-            # Parts are views of whole tensors; only the part may reach the file.
-            own = {name: value.clone() for name, value in weights.items()}
-            state = {
-                "args": saved_args,
-                "checkpoint_version": 3.0,
-                "iteration": md.iteration,
-                "model": rename(own, md),
-                "num_floating_point_operations_so_far": 0,
-            }
-            checksums[f"{directory}/model_optim_rng.pt"] = durable.save_file(
-                state, staged / directory / "model_optim_rng.pt"
-            )
-    if receive_any(queue) != "done":
-        raise CheckpointError(
-            args.save_dir, "the loader sent more than the model has", "pass --no-checking to ignore it"
-        )
-    durable.write_manifest(staged, checksums)
-    durable.publish(final)
-    write_tracker(str(root), tracked)
-    print(f"saved {final} (tensor parallel {tp}, pipeline parallel {pp})")
-
-
-def receive_any(queue: Any) -> Any:
-    """The next message. CheckpointError if the loader failed."""
-    message = queue.get()
-    if isinstance(message, str) and message == "exit":
-        raise CheckpointError("conversion", "the loader stopped")
-    return message
-
-
-def receive_metadata(queue: Any) -> Namespace:
-    """The namespace with which every conversion begins."""
-    return receive_any(queue)
-
-
-def receive(queue: Any, name: str, checking: bool) -> dict[str, Any]:
-    """The message of that name, without its name."""
-    message = receive_any(queue)
-    found = message.pop("name") if isinstance(message, dict) else message
-    if found != name and checking:
-        raise CheckpointError("conversion", f"expected the message {name!r}, the loader sent {found!r}")
-    return message
-
-
-def _cut(
-    message: dict[str, Any], entries: tuple[Entry, ...], prefix: str, tp: int, checking: bool
-) -> list[Weights]:
-    ranks: list[Weights] = [{} for _ in range(tp)]
-    for entry in entries:
-        parts = names.split(entry, message, tp)
-        if parts is not None:
-            for weights, part in zip(ranks, parts):
-                weights[prefix + entry.name] = part
-    if message and checking:
-        why = f"the loader sent {', '.join(message)}, which this model has no place for"
-        raise CheckpointError("conversion", why, "pass --no-checking to leave it out")
-    return ranks
-
-
-def _extend(ranks: list[Weights], more: list[Weights]) -> None:
-    for weights, addition in zip(ranks, more):
-        weights.update(addition)
-
-
-def _bert_heads(queue: Any, ranks: list[Weights], md: Namespace, tp: int, checking: bool) -> None:
-    pooler = receive(queue, "pooler", checking)
-    head = receive(queue, "lm head", checking)
-    _pad_vocabulary(head, "bias", md, tp)
-    _extend(ranks, _cut(head, names.LM_HEAD, "", tp, checking))
-    if md.bert_binary_head:
-        _extend(ranks, _cut(receive(queue, "binary head", checking), names.BINARY_HEAD, "", tp, checking))
-    _extend(ranks, _cut(pooler, names.POOLER, "", tp, checking))
-
-
-def _pad_vocabulary(message: dict[str, Any], key: str, md: Namespace, tp: int) -> int:
-    """Make the table as long as this many ranks need; rows are cut or the last one repeated. Returns its length."""
-    if key not in message:
-        return 0
-    table = message[key]
-    if md.true_vocab_size is None:
-        if table.shape[0] % tp:
-            why = f"{table.shape[0]} rows cannot be cut into {tp} parts"
-            raise FlagError(
-                "--target-tensor-parallel-size", why, "add --true-vocab-size so that the table is padded anew"
-            )
-        return table.shape[0]
-    multiple = (md.make_vocab_size_divisible_by or 128) * tp
-    size = -(-md.true_vocab_size // multiple) * multiple
-    if size > table.shape[0]:
-        filling = table[-1:].expand(size - table.shape[0], *table.shape[1:])
-        message[key] = torch.cat([table, filling])
-    else:
-        message[key] = table[:size]
-    return size
-
-
-def _check_sizes(md: Namespace, tp: int, pp: int) -> None:
-    groups = getattr(md.checkpoint_args, "num_query_groups", None)
-    if not getattr(md.checkpoint_args, "group_query_attention", False):
-        groups = md.num_attention_heads
-    if md.num_attention_heads % tp or (groups and groups % tp):
+    ep = args.target_expert_parallel_size or 1
+    groups = md.num_attention_heads
+    if getattr(md.checkpoint_args, "group_query_attention", False):
+        groups = md.checkpoint_args.num_query_groups
+    if md.num_attention_heads % tp or groups % tp:
         raise FlagError(
             "--target-tensor-parallel-size", f"{tp} does not divide the attention heads or query groups"
         )
     if md.num_layers % pp:
         raise FlagError("--target-pipeline-parallel-size", f"{pp} does not divide the {md.num_layers} layers")
+    if md.model_type == "T5" and pp > 1:
+        raise FlagError(
+            "--target-pipeline-parallel-size",
+            "T5 is written for one stage",
+            "use --saver torch_dist for any layout",
+        )
+    experts = getattr(md, "num_experts", None) or 1
+    if experts % ep:
+        raise FlagError("--target-expert-parallel-size", f"{ep} does not divide the {experts} experts")
+    return Sizes(tp, pp, ep)
 
 
-def _arguments(md: Namespace, args: Namespace, tp: int, pp: int) -> Namespace:
+def write(queue: Any, args: Namespace, content: Callable[[Weights, Namespace, Namespace], Any]) -> Path:
+    """Receive a model, cut it for every rank, and publish it; returns the checkpoint's directory.
+
+    `content(weights, saved arguments, metadata)` makes what a rank's file holds of its weights.
+    """
+    md = receive_metadata(queue)
+    sizes = target_sizes(md, args)
+    root = Path(args.save_dir)
+    tracked = Tracked(md.iteration) if md.iteration else Tracked(0, release=True)
+    final = root / tracked.directory
+    staged = durable.stage(final)
+    checksums: dict[str, durable.Checksum] = {}
+    saved_args = target_arguments(md, args, sizes)
+    per_stage = md.num_layers // sizes.pp
+    stage = _Stage(staged, 0, 0, sizes)
+    tied: dict[str, Any] = {}
+
+    def close() -> None:
+        for name, checksum in stage.finish(lambda weights: content(weights, saved_args, md)):
+            checksums[name] = checksum
+
+    for message in names.messages(md):
+        if sizes.pp > 1 and message.layer and message.layer % per_stage == 0:
+            close()
+            stage = _Stage(staged, stage.number + 1, message.layer, sizes)
+        tensors = receive(queue, message.name, args.checking)
+        size = pad_vocabulary(tensors, message.name, md, sizes.tp)
+        if message.name == "embeddings":
+            saved_args.padded_vocab_size = size
+            if sizes.pp > 1 and not md.output_layer:
+                # The last stage computes logits with its own copy of the tied embedding.
+                tied = {"weight": tensors["word embeddings"]}
+        stage.add(message, tensors)
+        leftover(tensors, args.checking)
+        if message.name == "final norm" and tied:
+            stage.add(Message("output layer", names.OUTPUT_LAYER), tied)
+    receive_end(queue, args.save_dir)
+    close()
+    durable.write_manifest(staged, checksums)
+    durable.publish(final)
+    write_tracker(str(root), tracked)
+    cut = f"tensor parallel {sizes.tp}, pipeline parallel {sizes.pp}"
+    print(f"saved {final} ({cut}{f', expert parallel {sizes.ep}' if sizes.ep > 1 else ''})")
+    return final
+
+
+class _Stage:
+    """The files of a pipeline stage, written as tensors come."""
+
+    def __init__(self, root: Path, number: int, first_layer: int, sizes: Sizes) -> None:
+        self.number, self._first_layer, self._sizes = number, first_layer, sizes
+        self._files: dict[tuple[int, int], tuple[str, TorchFile, Weights]] = {}
+        for tensor_rank in range(sizes.tp):
+            for expert_rank in range(sizes.ep):
+                name = f"mp_rank_{tensor_rank:02d}" + (f"_{number:03d}" if sizes.pp > 1 else "")
+                name += f"_{expert_rank:03d}" if sizes.ep > 1 else ""
+                (root / name).mkdir()
+                path = f"{name}/model_optim_rng.pt"
+                self._files[tensor_rank, expert_rank] = (path, TorchFile(root / path), {})
+
+    def add(self, message: Message, tensors: dict[str, Any]) -> None:
+        """Cut the tensors of a message and write the parts; takes them out of `tensors`."""
+        prefix = message.prefix
+        if message.layer is not None:
+            prefix = f"{message.stack}.layers.{message.layer - self._first_layer}."
+        for entry in message.entries:
+            parts = names.split(entry, tensors, self._sizes.tp)
+            if parts is None:
+                continue
+            for (tensor_rank, expert_rank), (_, file, weights) in self._files.items():
+                part = parts[tensor_rank]
+                if part.dim() == 3:
+                    self._add_experts(file, weights, prefix, entry, part, expert_rank)
+                    continue
+                stored = file.add(part)
+                for name in (entry.name, *entry.aliases):
+                    weights[prefix + name] = stored
+
+    def _add_experts(
+        self,
+        file: TorchFile,
+        weights: Weights,
+        prefix: str,
+        entry: Entry,
+        part: torch.Tensor,
+        expert_rank: int,
+    ) -> None:
+        for local, expert in enumerate(part.chunk(self._sizes.ep)[expert_rank]):
+            name = entry.name.replace("mlp.", f"mlp.experts.local_experts.{local}.")
+            weights[prefix + name] = file.add(expert)
+
+    def finish(self, content: Callable[[Weights], Any]) -> list[tuple[str, durable.Checksum]]:
+        """Complete the files; `content` makes what a file holds of its weights. Returns names and checksums."""
+        return [
+            (path, file.finish(content(dict(sorted(weights.items(), key=_section)))))
+            for path, file, weights in self._files.values()
+        ]
+
+
+def _section(item: tuple[str, Stored]) -> int:
+    return _SECTIONS.index(item[0].split(".")[0])
+
+
+def file_content(model: Weights, saved_args: Namespace, md: Namespace) -> dict[str, Any]:
+    """What a rank's file holds."""
+    return {
+        "args": saved_args,
+        "checkpoint_version": 3.0,
+        "iteration": md.iteration,
+        "model": model,
+        "num_floating_point_operations_so_far": 0,
+    }
+
+
+def target_arguments(md: Namespace, args: Namespace, sizes: Sizes, ckpt_format: str = "torch") -> Namespace:
     """The source's arguments with the target's layout."""
     saved = portable_args(md.checkpoint_args)
     changes = {
-        "tensor_model_parallel_size": tp,
-        "pipeline_model_parallel_size": pp,
+        "tensor_model_parallel_size": sizes.tp,
+        "pipeline_model_parallel_size": sizes.pp,
         "virtual_pipeline_model_parallel_size": None,
         "num_layers_per_virtual_pipeline_stage": None,
-        "expert_model_parallel_size": 1,
-        "world_size": tp * pp,
+        "expert_model_parallel_size": sizes.ep,
+        "encoder_tensor_model_parallel_size": 0,
+        "encoder_pipeline_model_parallel_size": 0,
+        "world_size": sizes.tp * sizes.pp * sizes.ep,
         "data_parallel_size": 1,
-        "sequence_parallel": getattr(saved, "sequence_parallel", False) and tp > 1,
-        "ckpt_format": "torch",
-        "use_dist_ckpt": False,
+        "sequence_parallel": getattr(saved, "sequence_parallel", False) and sizes.tp > 1,
+        "moe_grouped_gemm": False,
+        "ckpt_format": ckpt_format,
+        "use_dist_ckpt": ckpt_format != "torch",
         "use_legacy_models": False,
         "no_save_optim": True,
         "no_save_rng": True,

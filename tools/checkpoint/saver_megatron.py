@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing import durable
 from tools.checkpoint import saver_mcore
+from tools.checkpoint.hf_families import family_of_model
+from tools.checkpoint.megatron_model import MegatronModel
 from tools.checkpoint.saver_mcore import Weights
 
 # The order matters to readers: all layers, then the final norm.
@@ -21,13 +26,39 @@ _LAYER_RULES = [
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this saver: those of the mcore one."""
+    """Options of this saver: those of the mcore one, and one for converters under torch 2.6 and later."""
     saver_mcore.add_arguments(parser)
+    parser.add_argument(
+        "--without-args",
+        action="store_true",
+        help="write no arguments, which other programs' torch.load refuses by default since torch 2.6, "
+        "but hf_config.json, to be given to transformers' converters as --config_file",
+    )
 
 
 def save_checkpoint(queue: Any, args: Namespace) -> None:
     """Write what the loader sends."""
-    saver_mcore.write(queue, args, to_nested)
+    config: dict[str, Any] = {}
+
+    def content(weights: Weights, saved: Namespace, md: Namespace) -> dict[str, Any]:
+        if args.tokenizer_dir is not None:
+            # How transformers' converters are told of a tokenizer.
+            saved.tokenizer_type = "PretrainedFromHF"
+            saved.tokenizer_name_or_path = str((Path(args.save_dir) / "tokenizer").absolute())
+        state = saver_mcore.file_content(to_nested(weights, md), saved, md)
+        if args.without_args:
+            config.update(family_of_model(md, None).config(md, saved, None))
+            del state["args"]
+        return state
+
+    final = saver_mcore.write(queue, args, content)
+    if config:
+        durable.write_text(final / "hf_config.json", json.dumps(config, indent=2))
+
+
+def verification_model(args: Namespace) -> MegatronModel | None:
+    """The model that was written; None if its file says nothing about its architecture."""
+    return None if args.without_args else saver_mcore.verification_model(args)
 
 
 def to_nested(weights: Weights, md: Namespace) -> Weights:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch as safetensors_torch
 import torch
 
 from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.dist_checkpointing.strategies.resharding import Box
+from megatron.core.dist_checkpointing.strategies.torch import StoredTensors
 from tools.checkpoint.conversion import main
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "checkpoints"
@@ -18,7 +27,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "checkpoints"
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("recorded")
-    for model in ("gpt", "llama", "bert", "vpp", "legacy_gpt"):
+    for model in ("gpt", "llama", "bert", "t5", "moe", "vpp", "legacy_gpt"):
         with tarfile.open(GOLDEN / model / "checkpoints.tar.xz") as archive:
             archive.extractall(root / model, filter="data")
     return root
@@ -54,6 +63,9 @@ def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         ("llama", "GPT", "torch_dist"),
         ("bert", "BERT", "tp2pp2"),
         ("bert", "BERT", "torch_dist"),
+        ("t5", "T5", "tp2pp1"),
+        ("t5", "T5", "tp2enc1dec1"),
+        ("t5", "T5", "torch_dist"),
         ("vpp", "GPT", "tp1pp2vpp2"),
     ],
 )
@@ -84,50 +96,332 @@ def test_first_generation_round_trip(recorded: Path, tmp_path: Path, source: str
         assert torch.equal(ours["embedding"][table]["weight"], theirs["embedding"][table]["weight"])
 
 
-def test_llama_to_huggingface_and_back(recorded: Path, tmp_path: Path) -> None:
-    """The exported model computes the recorded logits; importing it again gives the same bits."""
-    transformers = pytest.importorskip("transformers")
-    source = recorded / "llama" / "tp2pp2"
-    _convert("GPT", "mcore", "hf", source, tmp_path / "hf", "--max-shard-megabytes", "1")
-    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    tokens = torch.from_numpy(np.load(GOLDEN / "llama" / "batch.npz")["tokens"])
-    expected = torch.from_numpy(np.load(GOLDEN / "llama" / "expected.npz")["logits"])
-    with torch.no_grad():
-        logits = model(tokens).logits
-    assert (logits - expected.view_as(logits)).abs().max() <= 1e-5
-    _convert("GPT", "hf", "mcore", tmp_path / "hf", tmp_path / "back")
-    _assert_same(_model(tmp_path / "back"), _model(recorded / "llama" / "tp1pp1"))
+def test_torch_dist_has_the_recorded_keys(recorded: Path, tmp_path: Path) -> None:
+    """Every key and every tensor that v0.9 wrote, from files of ranks; random states belong to a run."""
+    for model, kind, source in [
+        ("gpt", "GPT", "tp2pp2"),
+        ("llama", "GPT", "tp2pp2"),
+        ("bert", "BERT", "tp2pp2"),
+        ("t5", "T5", "tp2pp1"),
+        ("moe", "GPT", "tp1pp2ep2"),
+    ]:
+        target = tmp_path / model
+        _convert(kind, "mcore", "torch_dist", recorded / model / source, target, *_sizes(1, 1))
+        ours = StoredTensors(target / "iter_0000100")
+        theirs = StoredTensors(recorded / model / "torch_dist" / "iter_0000100")
+        assert set(ours.keys()) == {k for k in theirs.keys() if not k.startswith("rng_state")}, model  # noqa: SIM118
+        for key in ours.keys():  # noqa: SIM118 not a mapping
+            if ours.is_tensor(key):
+                assert ours.shape(key) == theirs.shape(key)
+                box = Box((0,) * len(ours.shape(key)), ours.shape(key))
+                one, other = torch.empty(box.shape), torch.empty(box.shape)
+                ours.read_box(key, box, one)
+                theirs.read_box(key, box, other)
+                assert torch.equal(one, other), key
 
 
-def test_gpt_to_huggingface_and_back(recorded: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    _convert("GPT", "mcore", "hf", recorded / "gpt" / "torch_dist", tmp_path / "hf")
-    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
-    tokens = torch.from_numpy(np.load(GOLDEN / "gpt" / "batch.npz")["tokens"])
-    expected = torch.from_numpy(np.load(GOLDEN / "gpt" / "expected.npz")["logits"])
-    with torch.no_grad():
-        logits = model(tokens).logits
-    assert (logits - expected.view_as(logits)).abs().max() <= 1e-5
-    _convert("GPT", "hf", "mcore", tmp_path / "hf", tmp_path / "back")
-    _assert_same(_model(tmp_path / "back"), _model(recorded / "gpt" / "tp1pp1"))
+def test_torch_dist_is_read_by_plain_torch(recorded: Path, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    _convert("GPT", "mcore", "torch_dist", recorded / "gpt" / "tp2pp2", tmp_path / "out")
+    dcp_to_torch_save(tmp_path / "out" / "iter_0000100", tmp_path / "plain.pt")
+    plain = torch.load(tmp_path / "plain.pt", weights_only=False)
+    whole = _model(recorded / "gpt" / "tp1pp1")
+    assert torch.equal(plain["embedding.word_embeddings.weight"], whole["embedding.word_embeddings.weight"])
+    qkv = plain["decoder.layers.self_attention.linear_qkv.weight"]
+    for layer in range(2):
+        assert torch.equal(qkv[layer], whole[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"])
 
 
-def test_what_cannot_be_represented_is_refused(
-    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("ep", [1, 2, 4])
+@pytest.mark.parametrize("source", ["tp1pp2ep2", "grouped", "torch_dist"])
+def test_experts_in_any_layout(recorded: Path, tmp_path: Path, source: str, ep: int) -> None:
+    options = [*_sizes(1, 2), "--target-expert-parallel-size", str(ep), "--no-verify"]
+    _convert("GPT", "mcore", "mcore", recorded / "moe" / source, tmp_path / "cut", *options)
+    if ep == 2:
+        for rank in ("mp_rank_00_000_000", "mp_rank_00_000_001", "mp_rank_00_001_000", "mp_rank_00_001_001"):
+            _assert_same(_model(tmp_path / "cut", rank), _model(recorded / "moe" / "tp1pp2ep2", rank))
+    _convert("GPT", "mcore", "mcore", tmp_path / "cut", tmp_path / "whole", *_sizes(1, 1), "--no-verify")
+    _assert_same(_model(tmp_path / "whole"), _model(recorded / "moe" / "tp1pp1"))
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "source", "auto", "options"),
+    [
+        ("gpt", "GPT", "torch_dist", "AutoModelForCausalLM", []),
+        ("llama", "GPT", "tp2pp2", "AutoModelForCausalLM", []),
+        ("llama", "GPT", "tp2pp2", "AutoModelForCausalLM", ["--hf-model-type", "mistral"]),
+        ("bert", "BERT", "tp2pp2", "AutoModelForPreTraining", []),
+        ("t5", "T5", "tp2enc1dec1", "AutoModelForSeq2SeqLM", []),
+    ],
+)
+def test_to_huggingface_and_back(
+    recorded: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    kind: str,
+    source: str,
+    auto: str,
+    options: list[str],
 ) -> None:
-    command = [
-        "--model-type",
-        "BERT",
-        "--loader",
-        "mcore",
-        "--saver",
-        "hf",
-        "--load-dir",
-        str(recorded / "bert" / "tp1pp1"),
-    ]
+    """transformers loads what was written and computes the recorded logits; importing it gives the same bits."""
+    transformers = pytest.importorskip("transformers")
+    _convert(kind, "mcore", "hf", recorded / model / source, tmp_path / "hf", *options)
+    theirs, info = getattr(transformers, auto).from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    batch = {k: torch.from_numpy(v) for k, v in np.load(GOLDEN / model / "batch.npz").items()}
+    expected = torch.from_numpy(np.load(GOLDEN / model / "expected.npz")["logits"])
+    with torch.no_grad():
+        if kind == "GPT":
+            logits = theirs.eval()(batch["tokens"]).logits
+        elif kind == "BERT":
+            mask = batch["padding_mask"]
+            output = theirs.eval()(batch["tokens"], attention_mask=mask, token_type_ids=batch["types"])
+            # Queries at padding see nothing in one implementation and everything in the other.
+            logits = output.prediction_logits * mask.unsqueeze(-1)
+            expected = expected.view_as(logits) * mask.unsqueeze(-1)
+        else:
+            logits = _t5_logits(theirs.eval(), batch)
+            real = batch["dec_mask"][:, :, :1]  # every real position sees the first
+            logits, expected = logits * real, expected.view_as(logits) * real
+    assert (logits - expected.view_as(logits)).abs().max() <= 1e-5
+    _convert(kind, "hf", "mcore", tmp_path / "hf", tmp_path / "back")
+    _assert_same(_model(tmp_path / "back"), _model(recorded / model / "tp1pp1"))
+    assert len(re.findall(r"max \|dlogit\| \S*e-0[7-9]", capsys.readouterr().out)) == 2
+
+
+def _t5_logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of a HuggingFace model, with Megatron's masks [b, query, key] reduced to the keys that are padding."""
+    return model(
+        input_ids=batch["text_enc"],
+        attention_mask=batch["enc_mask"].amax(1).long(),
+        decoder_input_ids=batch["text_dec"],
+        decoder_attention_mask=batch["dec_mask"].amax(1).long(),
+    ).logits
+
+
+def _random_model(directory: Path, config: Any, auto: str) -> None:
+    import transformers
+
+    torch.manual_seed(3)
+    model = getattr(transformers, auto).from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(directory, max_shard_size="60KB")
+
+
+_TINY = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        ("Llama", {"head_dim": 16, "tie_word_embeddings": True}),
+        (
+            "Llama",
+            {
+                "max_position_embeddings": 32768,
+                "rope_parameters": {
+                    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                },
+            },
+        ),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Mistral", {"sliding_window": 40}),
+        ("GPT2", {"activation_function": "gelu_new", "n_inner": 40}),
+        ("GPT2", {"activation_function": "gelu", "tie_word_embeddings": False}),
+    ],
+)  # fmt: skip
+def test_from_huggingface_and_back(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
+    """Random models of each family: cut for four ranks and written again, every tensor is the same."""
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file as load_safetensors
+
+    tiny = {"vocab_size": 120, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    config = getattr(transformers, f"{kind}Config")(**{**(tiny if kind == "GPT2" else _TINY), **changes})
+    _random_model(tmp_path / "hf", config, "AutoModelForCausalLM")
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    _convert("GPT", "hf", "mcore", tmp_path / "hf", tmp_path / "cut", *_sizes(2, 2))
+    assert (tmp_path / "cut" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    options = ["--hf-model-type", "mistral"] if kind == "Mistral" else []
+    _convert("GPT", "mcore", "hf", tmp_path / "cut", tmp_path / "back", *options)
+    assert (tmp_path / "back" / "tokenizer.json").exists()
+
+    def tensors(directory: Path) -> dict[str, torch.Tensor]:
+        files = sorted(directory.glob("*.safetensors"))
+        return {name: value for file in files for name, value in load_safetensors(file).items()}
+
+    _assert_same(tensors(tmp_path / "back"), tensors(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "reason"),
+    [
+        ({"model_type": "t5"}, "T5", "relative position biases"),
+        ({"model_type": "bert"}, "BERT", "norms after the residual"),
+        ({"model_type": "bloom"}, "GPT", "are not converted"),
+        ({"model_type": "llama", "mlp_bias": True}, "GPT", "mlp_bias"),
+        ({"model_type": "llama", "attention_bias": True}, "GPT", "attention_bias"),
+        ({"model_type": "llama", "rope_scaling": {"type": "yarn"}}, "GPT", "yarn"),
+        (
+            {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+            "GPT",
+            "scale_attn_by_inverse_layer_idx",
+        ),
+        ({"model_type": "gpt2", "activation_function": "relu"}, "GPT", "the activation relu"),
+        ({"model_type": "megatron-bert", "hidden_act": "gelu_new"}, "BERT", "hidden_act gelu_new"),
+    ],
+)
+def test_foreign_models_are_refused_by_name(
+    tmp_path: Path, config: dict[str, Any], kind: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hf").mkdir()
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "n_positions": 8, "max_position_embeddings": 8}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**_TINY, **sizes, **config}))
+    safetensors_torch.save_file({"x": torch.zeros(1)}, tmp_path / "hf" / "model.safetensors")
+    command = ["--model-type", kind, "--loader", "hf", "--saver", "mcore", "--load-dir", str(tmp_path / "hf")]
     assert main([*command, "--save-dir", str(tmp_path / "out")]) == 1
-    assert "has no HuggingFace twin" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "change", "reason"),
+    [
+        ("bert", "BERT", {"bias_gelu_fusion": True}, "exact GELU in the head"),
+        ("llama", "GPT", {"rotary_percent": 0.5}, "rotary_percent 0.5"),
+        ("gpt", "GPT", {"squared_relu": True}, "squared_relu"),
+        ("gpt", "GPT", {"kv_channels": 32}, "heads of another size"),
+        ("t5", "T5", {"norm_epsilon": 1e-6}, "norm_epsilon 1e-06"),
+        ("moe", "GPT", {}, "experts"),
+    ],
+)
+def test_what_huggingface_lacks_is_refused_by_name(
+    recorded: Path,
+    tmp_path: Path,
+    model: str,
+    kind: str,
+    change: dict[str, Any],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "in" / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    path.parent.mkdir(parents=True)
+    (original,) = (recorded / model / "tp1pp1").glob("*/mp_rank_00/model_optim_rng.pt")
+    state = load_file(original)
+    vars(state["args"]).update(change)
+    torch.save(state, path)
+    (tmp_path / "in" / "latest_checkpointed_iteration.txt").write_text("release")
+    command = ["--model-type", kind, "--loader", "mcore", "--saver", "hf", "--load-dir", str(tmp_path / "in")]
+    assert main([*command, "--save-dir", str(tmp_path / "out")]) == 1
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_conversion_is_found(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A saver that mixes up two projections: the logits give it away."""
+    from tools.checkpoint import hf_rules
+
+    right = hf_rules.unpack
+
+    def wrong(*arguments: Any) -> list[torch.Tensor]:
+        q, k, v = right(*arguments)
+        return [q, v, k]
+
+    command = ["--model-type", "GPT", "--loader", "mcore", "--saver", "hf"]
+    command += ["--load-dir", str(recorded / "gpt" / "tp1pp1"), "--save-dir", str(tmp_path / "out")]
+    monkeypatch.setattr(hf_rules, "unpack", wrong)
+    assert main(command) == 1
+    assert "computes other logits" in capsys.readouterr().err
+
+
+_MEASURED = """
+import sys, threading, time
+from argparse import Namespace
+from tools.checkpoint import conversion
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+peak = before = anonymous()
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+import torch, tools.checkpoint.verification, tools.checkpoint.hf_model, transformers, pretrain_gpt
+import tools.checkpoint.saver_mcore, tools.checkpoint.saver_torch_dist, safetensors
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+before = peak = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+status = conversion.main(sys.argv[1:])
+print(f"peak {peak - before:.0f}")
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("saver", ["mcore", "torch_dist", "hf"])
+def test_memory_is_a_few_layers(tmp_path: Path, saver: str) -> None:
+    """A model of 32 layers of 6 MiB is converted and verified in the memory of a few of them."""
+    pytest.importorskip("transformers")
+    hidden, layers, heads = 256, 32, 4
+    weights = {
+        "model.embed_tokens.weight": torch.randn(128, hidden) * 0.02,
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": torch.randn(128, hidden) * 0.02,
+    }
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weights[f"{prefix}self_attn.{name}.weight"] = torch.randn(hidden, hidden) * 0.02
+        for name, shape in (("gate_proj", (1707, 256)), ("up_proj", (1707, 256)), ("down_proj", (256, 1707))):
+            weights[f"{prefix}mlp.{name}.weight"] = torch.randn(shape) * 0.02
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weights[f"{prefix}{name}.weight"] = torch.ones(hidden)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128, "hidden_size": hidden,
+        "intermediate_size": 1707, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": heads, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    (tmp_path / "hf").mkdir()
+    safetensors_torch.save_file(weights, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    del weights
+    source, loader = tmp_path / "hf", "hf"
+    if saver == "hf":
+        _convert("GPT", "hf", "mcore", source, tmp_path / "in", *_sizes(2, 2), "--no-verify")
+        source, loader = tmp_path / "in", "mcore"
+    command = ["--model-type", "GPT", "--loader", loader, "--saver", saver]
+    command += ["--load-dir", str(source), "--save-dir", str(tmp_path / "out")]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    match = re.search(r"^peak (\d+)", done.stdout, re.M)
+    assert match is not None and int(match[1]) < 64, done.stdout  # MiB; the model has 195
 
 
 @pytest.mark.parametrize("option", [["--loader", "nowhere"], ["--saver", "json"]])

@@ -77,14 +77,15 @@ def write_items(
             writer = ChecksumWriter(directory / name)
             try:
                 for item in bucket:
-                    written.append(_write_item(writer, item, name))
+                    written.append(write_item(writer, item, name))
             finally:
                 writer.close()
         checksums[name] = writer.checksum()
     return written, checksums
 
 
-def _write_item(writer: ChecksumWriter, item: Item, name: str) -> Written:
+def write_item(writer: ChecksumWriter, item: Item, name: str) -> Written:
+    """Append an item to the data file `name` that `writer` writes; returns where it is."""
     start = writer.tell()
     data = item.data
     if isinstance(data, torch.Tensor):

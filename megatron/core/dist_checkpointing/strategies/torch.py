@@ -136,7 +136,7 @@ class TorchDistSaveShardedStrategy(AsyncSaveShardedStrategy):
             result.written, result.checksums = write_items(directory, prefix, items, self.thread_count)
             items.clear()
 
-        return AsyncRequest(write, (), [lambda: _write_index(directory, result)])
+        return AsyncRequest(write, (), [lambda: _write_joint_index(directory, result)])
 
 
 def _items_of(record: ShardedBase, copy: bool) -> list[tuple[Item, Described]]:
@@ -155,22 +155,30 @@ def _items_of(record: ShardedBase, copy: bool) -> list[tuple[Item, Described]]:
     return [(Item(record.key, box.offset, data), description)]
 
 
-def _write_index(directory: Path, result: _RankResult) -> None:
-    """Collect what all ranks wrote and write `.metadata` and the checksums; every rank must call."""
+def _write_joint_index(directory: Path, result: _RankResult) -> None:
+    """Collect what all ranks wrote and index it; every rank must call."""
     everyone = gather((result.described, result.written, result.checksums))
     with together():
         if rank() == 0:
-            metadata = _index(
-                [d for part in everyone for d in part[0]], [w for part in everyone for w in part[1]]
+            write_index(
+                directory,
+                [described for part in everyone for described in part[0]],
+                [written for part in everyone for written in part[1]],
+                {name: checksum for part in everyone for name, checksum in part[2].items()},
             )
-            with durable.naming_path(directory / METADATA_FNAME, "writing"):
-                writer = durable.ChecksumWriter(directory / METADATA_FNAME)
-                try:
-                    writer.write(pickle.dumps(metadata))
-                finally:
-                    writer.close()
-            checksums = {name: checksum for part in everyone for name, checksum in part[2].items()}
-            durable.write_manifest(directory, {**checksums, METADATA_FNAME: writer.checksum()})
+
+
+def write_index(
+    directory: Path, described: list[Described], written: list[Written], checksums: dict[str, Checksum]
+) -> None:
+    """Write `.metadata` for items that are in data files, and the checksums of all files."""
+    with durable.naming_path(directory / METADATA_FNAME, "writing"):
+        writer = durable.ChecksumWriter(directory / METADATA_FNAME)
+        try:
+            writer.write(pickle.dumps(_index(described, written)))
+        finally:
+            writer.close()
+    durable.write_manifest(directory, {**checksums, METADATA_FNAME: writer.checksum()})
 
 
 def _index(described: list[Described], written: list[Written]) -> Metadata:
@@ -197,7 +205,8 @@ def _index(described: list[Described], written: list[Written]) -> Metadata:
         entries,
         planner_data={key: (key,) for key in entries},
         storage_data=storage,
-        storage_meta=StorageMeta(save_id=str(uuid.uuid4())),
+        # Not random: the same run writes the same bytes.
+        storage_meta=StorageMeta(save_id=str(uuid.uuid5(uuid.NAMESPACE_OID, repr(written)))),
     )
     metadata.mcore_data = mcore_data  # type: ignore[attr-defined]
     return metadata

@@ -1,0 +1,5 @@
+"""Today's distributed format: the one Megatron loader reads every format."""
+
+from tools.checkpoint.loader_mcore import add_arguments, load_checkpoint, verification_model
+
+__all__ = ["add_arguments", "load_checkpoint", "verification_model"]

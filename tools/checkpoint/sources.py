@@ -1,0 +1,189 @@
+"""Megatron checkpoints as whole tensors: torch format in any layout and of any age, or torch_dist; memory-mapped."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, durable
+from megatron.core.dist_checkpointing.core import COMMON_FNAME
+from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.dist_checkpointing.strategies.resharding import Box
+from megatron.core.dist_checkpointing.strategies.torch import StoredTensors
+from megatron.core.errors import CheckpointError
+from megatron.training.checkpointing.layout import read_tracker
+from megatron.training.checkpointing.legacy import adapt_weights, is_nested_layout
+from tools.checkpoint import names
+from tools.checkpoint.names import Entry, Message
+
+# The same norms in modules that include them; and expert layers, which have no norm of their own to fuse.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def open_source(directory: str, model_type: str) -> TorchSource | DistributedSource:
+    """The checkpoint that the tracker of `directory` names, or a checkpoint directory itself."""
+    path = Path(directory)
+    if not check_is_distributed_checkpoint(path) and not any(path.glob("mp_rank_*")):
+        path /= read_tracker(directory).directory
+    if check_is_distributed_checkpoint(path):
+        return DistributedSource(path)
+    return TorchSource(path, model_type)
+
+
+class TorchSource:
+    """The rank files of a torch-format checkpoint, memory-mapped."""
+
+    def __init__(self, path: Path, model_type: str) -> None:
+        self.path, self._model_type = path, model_type
+        durable.verify(path)
+        files = {file.parent.name: file for file in sorted(path.glob("mp_rank_*/model_optim_rng.pt"))}
+        if not files:
+            raise CheckpointError(
+                str(path), "it has no mp_rank_*/model_optim_rng.pt", "name a checkpoint directory"
+            )
+        states = {name: load_file(file) for name, file in files.items()}
+        first = next(iter(states.values()))
+        self.iteration = first.get("iteration", 0)
+        self.args = first.get("args", Namespace())
+        self._stages: list[list[list[dict[str, Any]]]] = []  # [stage or chunk][tensor rank][expert rank]
+        self._layers: dict[str, list[tuple[int, int]]] = {"encoder": [], "decoder": []}
+        self._collect(states, first.get("checkpoint_version", 0))
+
+    def _size(self, name: str) -> int:
+        return getattr(self.args, name, None) or 1
+
+    def _collect(self, states: dict[str, dict[str, Any]], version: float) -> None:
+        tp = self._size("tensor_model_parallel_size")
+        ep = self._size("expert_model_parallel_size")
+        stages = self._size("pipeline_model_parallel_size")
+        if self._model_type == "T5":
+            # The size counts the decoder's stages; the encoder's precede them.
+            stages = len({name.split("_")[3:4][0] if name.count("_") > 2 else "" for name in states})
+        chunks = self._size("virtual_pipeline_model_parallel_size")
+        for chunk in range(chunks):
+            for stage in range(stages):
+                ranks = []
+                for tensor_rank in range(tp):
+                    experts = []
+                    for expert_rank in range(ep):
+                        name = f"mp_rank_{tensor_rank:02d}" + (f"_{stage:03d}" if stages > 1 else "")
+                        name += f"_{expert_rank:03d}" if ep > 1 else ""
+                        if name not in states:
+                            raise CheckpointError(
+                                str(self.path / name), "the file of this rank is missing", "restore it"
+                            )
+                        weights = states[name]["model" if chunks == 1 else f"model{chunk}"]
+                        experts.append(self._named(weights, version, tp))
+                    ranks.append(experts)
+                self._stages.append(ranks)
+        for number, ranks in enumerate(self._stages):
+            for stack, layers in self._layers.items():
+                found = {int(n.split(".")[2]) for n in ranks[0][0] if n.startswith(f"{stack}.layers.")}
+                layers += [(number, layer) for layer in sorted(found)]
+
+    def _named(self, weights: dict[str, Any], version: float, tp: int) -> dict[str, Any]:
+        """Today's names with separate norms."""
+        if is_nested_layout(weights):
+            # What the names of the result depend on: which stack there is, and how the head is registered.
+            wanted = {
+                "GPT": ["output_layer.weight"],
+                "BERT": ["output_layer.weight", "encoder.final_layernorm.weight"],
+                "T5": ["encoder.final_layernorm.weight", "lm_head.output_layer.bias"],
+            }[self._model_type]
+            weights = adapt_weights(weights, wanted, version, self.args.num_attention_heads // tp)
+        named = {}
+        for name, value in weights.items():
+            for fused, plain in FUSED_NORMS.items():
+                name = name.replace(fused, plain)
+            if isinstance(value, torch.Tensor):
+                named[name] = value
+        return named
+
+    def parts(self, message: Message, entry: Entry) -> list[torch.Tensor] | None:
+        """The tensor-parallel parts of a tensor, or None if there is no such tensor."""
+        name = message.prefix + entry.name
+        candidates = self._stages
+        if message.layer is not None:
+            layers = self._layers[message.stack]
+            if message.layer >= len(layers):
+                why = f"it has {len(layers)} {message.stack} layers, its arguments say more"
+                raise CheckpointError(str(self.path), why, "restore the missing files")
+            stage, local = layers[message.layer]
+            name = name.replace(".layers.", f".layers.{local}.")
+            candidates = [self._stages[stage]]
+        elif message.name in ("final norm", "lm head", "output layer", "encoder final norm"):
+            # A stage that ends another stack may hold an unused copy; the last one is the real one.
+            candidates = self._stages[::-1]
+        for ranks in candidates:
+            if name in ranks[0][0]:
+                return [experts[0][name] for experts in ranks]
+            if ".mlp.linear_fc" in name:
+                parts = [_experts(experts, name, self.args) for experts in ranks]
+                if all(part is not None for part in parts):
+                    return parts  # type: ignore[return-value]
+        return None
+
+
+def _experts(ranks: list[dict[str, Any]], name: str, saved: Namespace) -> torch.Tensor | None:
+    """The experts' copies of a tensor, over expert-parallel ranks, as [experts, out, in]."""
+    single = name.replace(".mlp.", ".mlp.experts.local_experts.{}.")
+    number = 1 if ".linear_fc1." in name else 2
+    grouped = name.replace(f".mlp.linear_fc{number}.weight", f".mlp.experts.weight{number}")
+    fused = name.replace(".mlp.", ".mlp.experts.") + "{}"
+    found: list[torch.Tensor] = []
+    for weights in ranks:
+        for pattern in (single, fused):
+            local = 0
+            while pattern.format(local) in weights:
+                found.append(weights[pattern.format(local)])
+                local += 1
+        if grouped != name and grouped in weights:
+            experts = saved.num_experts // len(ranks)
+            matrix = weights[grouped]
+            shape = (experts, saved.hidden_size, -1) if number == 1 else (experts, -1, saved.hidden_size)
+            found += list(matrix.view(shape).transpose(1, 2))
+    return torch.stack(found) if found else None
+
+
+class DistributedSource:
+    """A torch_dist checkpoint; every tensor is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        durable.verify(path)
+        common = load_file(path / COMMON_FNAME)
+        self.iteration, self.args = common.get("iteration", 0), common.get("args", Namespace())
+        self._stored = StoredTensors(path)
+
+    def parts(self, message: Message, entry: Entry) -> list[torch.Tensor] | None:
+        """The tensor as a single part, or None if there is no such tensor."""
+        name = message.prefix + entry.name
+        candidates = [name, name.replace(".mlp.", ".mlp.experts.experts.")]
+        candidates += [name.replace(plain, fused) for fused, plain in FUSED_NORMS.items()]
+        key = next((key for key in candidates if key in self._stored), None)
+        if key is None:
+            return None
+        shape = self._stored.shape(key)
+        box = Box((0,) * len(shape), shape)
+        if message.layer is not None:
+            box = Box((message.layer, *box.offset[1:]), (1, *shape[1:]))
+        whole = torch.empty(box.shape, dtype=self._stored.dtype(key))
+        self._stored.read_box(key, box, whole)
+        return [whole if message.layer is None else whole[0]]
+
+
+def whole(source: TorchSource | DistributedSource, message: Message) -> dict[str, torch.Tensor]:
+    """The tensors of a message, merged over tensor-parallel ranks."""
+    gated = bool(getattr(source.args, "swiglu", False))
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in message.entries:
+        parts = source.parts(message, entry)
+        if parts is not None:
+            tensors.update(names.merge(entry, parts, gated))
+    return tensors
