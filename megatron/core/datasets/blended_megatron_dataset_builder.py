@@ -29,8 +29,10 @@ T = TypeVar("T")
 MidLevel = MegatronDataset | None
 TopLevel = MegatronDataset | BlendedDataset | None
 
-# Opening a dataset waits for the file system; this many at once hide it.
-_OPENERS = 16
+# Opening a dataset, or writing the indices of a small one, waits for the file system; this many at once hide it.
+_WAITERS = 16
+# Sequences and samples up to which a dataset is small: the indices of so many at once need little memory.
+_SMALL = 1 << 20
 # Half a percent more of each dataset than its weight asks, so that rounding never runs a blend dry.
 _SAMPLE_MARGIN = 1.005
 
@@ -169,7 +171,11 @@ class BlendedMegatronDatasetBuilder:
         spans: Sequence[Span],
         sizes_per_prefix: Sequence[Sequence[int | None]],
     ) -> list[list[MidLevel]]:
-        """Per prefix, its datasets of the three splits. Files are opened many at a time, indices built few."""
+        """Per prefix, its datasets of the three splits.
+
+        Many files are opened at a time, the indices of many small datasets are built at a time, those of large ones
+        as `num_dataset_builder_threads` says.
+        """
 
         def open_prefix(i: int) -> LowLevelDataset:
             return self.cls.build_low_level_dataset(prefixes[i], self.config)  # type: ignore[arg-type]
@@ -180,8 +186,18 @@ class BlendedMegatronDatasetBuilder:
                 for split, span, size in zip(Split, spans, sizes_per_prefix[i])
             ]
 
-        opened = _in_parallel(open_prefix, len(prefixes), _OPENERS, "opened")
-        return _in_parallel(build_prefix, len(prefixes), self.config.num_dataset_builder_threads, "built")
+        def is_small(i: int) -> bool:
+            samples = [size for size in sizes_per_prefix[i] if size is not None]
+            return max([self.cls.numel_low_level_dataset(opened[i]), *samples]) <= _SMALL
+
+        threads = self.config.num_dataset_builder_threads
+        everyone = range(len(prefixes))
+        opened = _in_parallel(open_prefix, everyone, _WAITERS, "opened")
+        small = [i for i in everyone if is_small(i)]
+        large = [i for i in everyone if not is_small(i)]
+        built = dict(zip(small, _in_parallel(build_prefix, small, max(threads, _WAITERS), "built")))
+        built.update(zip(large, _in_parallel(build_prefix, large, threads, "built")))
+        return [built[i] for i in everyone]
 
     def _build_split(
         self, low_level: LowLevelDataset, prefix: str | None, split: Split, span: Span, size: int | None
@@ -230,15 +246,15 @@ def _sizes_per_prefix(
     ]
 
 
-def _in_parallel(work: Callable[[int], T], count: int, threads: int, verb: str) -> list[T]:
-    """`[work(0), work(1), ..]` on so many threads, with a line every ten seconds on how far it is."""
+def _in_parallel(work: Callable[[int], T], members: Sequence[int], threads: int, verb: str) -> list[T]:
+    """`[work(i) for i in members]` on so many threads, with a line every ten seconds on how far it is."""
     results: list[T] = []
-    with heartbeat(logger, lambda: f"{verb} {len(results)} of {count} datasets"):
-        if min(count, threads) == 1:
-            for i in range(count):
+    with heartbeat(logger, lambda: f"{verb} {len(results)} of {len(members)} datasets"):
+        if min(len(members), threads) <= 1:
+            for i in members:
                 results.append(work(i))
             return results
-        with ThreadPoolExecutor(min(count, threads)) as pool:
-            for result in pool.map(work, range(count)):
+        with ThreadPoolExecutor(min(len(members), threads)) as pool:
+            for result in pool.map(work, members):
                 results.append(result)
     return results
