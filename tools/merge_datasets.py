@@ -23,10 +23,11 @@ def find_prefixes(directory: str, output_prefix: str) -> list[str]:
         raise DataError(
             "--input", f"{directory} is not a directory or does not exist", "give the directory of the parts"
         )
-    stems = {os.path.splitext(entry.path)[0] for entry in os.scandir(directory) if entry.is_file()}
+    splits = (os.path.splitext(entry.path) for entry in os.scandir(directory) if entry.is_file())
+    stems = {stem for stem, ending in splits if ending in (".bin", ".idx")}
     if not stems:
         raise DataError(
-            "--input", f"{directory} holds no files", "give the directory of the .bin and .idx files"
+            "--input", f"{directory} holds no token files", "give the directory of the .bin and .idx files"
         )
     for stem in sorted(stems):
         for path in (get_bin_path(stem), get_idx_path(stem)):

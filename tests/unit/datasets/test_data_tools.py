@@ -43,8 +43,9 @@ def test_merge_command(parts: Path, tmp_path: Path) -> None:
 def test_merge_refuses_what_it_cannot_mean(parts: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a directory or does not exist"):
         merge_datasets.find_prefixes(str(tmp_path / "none"), "x")
-    with pytest.raises(DataError, match="holds no files"):
+    with pytest.raises(DataError, match="holds no token files"):
         (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "out.preprocess-done").touch()
         merge_datasets.find_prefixes(str(tmp_path / "empty"), "x")
     with pytest.raises(DataError, match="is one of the inputs"):
         merge_datasets.find_prefixes(str(parts), str(parts / "gpt_a_text_document"))
