@@ -28,7 +28,9 @@ LLAMA = (
     "--num-query-groups 2 --position-embedding-type rope --untie-embeddings-and-output-weights "
 )
 DOCUMENTS = SMALL + "--reset-attention-mask --reset-position-ids "
-EXPERTS = SMALL + "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear "
+EXPERTS = (
+    SMALL + "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type alltoall --disable-bias-linear "
+)
 #: The padded vocabulary must not depend on the layout, or other logits would enter the softmax.
 VOCABULARY = 128
 
@@ -87,6 +89,7 @@ CASES = {
         4, 2, LLAMA, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel",
     ),
     "llama cp2": (2, 1, LLAMA, "--context-parallel-size 2"),
+    "per-token loss dp2 x cp2": (4, 1, SMALL, "--context-parallel-size 2 --calculate-per-token-loss"),
     "two groups tp4": (4, 4, LLAMA, "--tensor-model-parallel-size 4"),
     "two groups tp4+sp": (4, 4, LLAMA, "--tensor-model-parallel-size 4 --sequence-parallel"),
     "embedding stage": (2, 1, SMALL, "--pipeline-model-parallel-size 2 --standalone-embedding-stage"),
@@ -124,7 +127,6 @@ CASES = {
         4, 2, EXPERTS, "--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2",
     ),
     "experts pp2": (2, 1, EXPERTS, "--pipeline-model-parallel-size 2"),
-    "per-token loss dp2 x cp2": (4, 1, SMALL, "--context-parallel-size 2 --calculate-per-token-loss"),
 }  # fmt: skip
 
 
@@ -139,8 +141,22 @@ BOUNDS = {
 BF16_REORDERS_NOTHING = ("pp", "dp2", "recompute full", "llama pp2")
 
 
-@pytest.mark.parametrize("precision", BOUNDS)
-@pytest.mark.parametrize("case", CASES)
+#: In bf16 a rounding may send a token to another expert, whose gradient is another. Where the experts are whole, losses
+#: of the first step are equal. Measured: 3.1e-1, 8.2e-3, 7.7e-3, 1.0e-3.
+BF16_ROUTES = (5e-1, 2e-2, 1e-2, 4e-3)
+#: Cases before this one run in every precision, the others in fp64 and, when there is time, in the others.
+FIRST_WITH_TIME = list(CASES).index("two groups tp4")
+
+
+def when(case: str, precision: str) -> list[pytest.MarkDecorator]:
+    later = list(CASES).index(case) >= FIRST_WITH_TIME and precision != "fp64"
+    return [pytest.mark.slow] if later else []
+
+
+@pytest.mark.parametrize(
+    ("case", "precision"),
+    [pytest.param(case, precision, marks=when(case, precision)) for case in CASES for precision in BOUNDS],
+)
 def test_layout_equals_one_process(case: str, precision: str) -> None:
     ranks, tp, model, layout = CASES[case]
     dtype = torch.float64 if precision == "fp64" else None
@@ -148,6 +164,8 @@ def test_layout_equals_one_process(case: str, precision: str) -> None:
     serial = model + (" --calculate-per-token-loss" if "per-token" in case else "")
     expected = one_process(serial, half, dtype)
     bounds = dict(zip(("gradient", "token_loss", "parameter", "norm"), BOUNDS[precision]))
+    if precision == "bf16" and model is EXPERTS:
+        bounds = dict(zip(bounds, BF16_ROUTES))
     if precision == "bf16" and case.startswith(BF16_REORDERS_NOTHING):
         bounds = dict.fromkeys(bounds, 1e-8)
     for rank, worst in enumerate(
