@@ -315,4 +315,4 @@ def test_yaml_errors_teach(text: str, word: str, tmp_path: Any) -> None:
 
 def test_ignored_flags_are_about_what_was_typed() -> None:
     assert rules.ignored_flags(finished()) == []
-    assert len(rules.ignored_flags(finished("--use-mcore-models --no-fp8-wgrad"))) == 2
+    assert len(rules.ignored_flags(finished("--use-mcore-models --no-one-logger"))) == 2

@@ -27,7 +27,9 @@ ARGV = (
 def test_a_run_records_model_wrapper_and_optimizer(tmp_path: Path) -> None:
     run_gang(1, run_script, [*ARGV.split(), str(tmp_path)])
     names = {"GPTModel", "DistributedDataParallel", "get_megatron_optimizer"}
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.rank_0_0_0_0_0.iter0.json" for name in names}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.rank_0_0_0_0_0.iter0.json" for name in names
+    }
     model = json.loads((tmp_path / "GPTModel.rank_0_0_0_0_0.iter0.json").read_text())
     assert model["vocab_size"] == 32 and model["max_sequence_length"] == 8 and model["rope_scaling"] is None
     assert model["config"]["hidden_size"] == 16 and model["config"]["params_dtype"] == "torch.float32"

@@ -185,16 +185,11 @@ def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: 
         checkpoint_args=checkpoint_args,
         consumed_train_samples=0,
         consumed_valid_samples=0,
-        **{
-            name: saved[name]
-            for name in [
-                "seq_length",
-                "tokenizer_type",
-                "num_layers",
-                "hidden_size",
-                "num_attention_heads",
-                "max_position_embeddings",
-                "position_embedding_type",
-            ]
-        },
+        seq_length=saved["seq_length"],
+        tokenizer_type=saved["tokenizer_type"],
+        num_layers=saved["num_layers"],
+        hidden_size=saved["hidden_size"],
+        num_attention_heads=saved["num_attention_heads"],
+        max_position_embeddings=saved["max_position_embeddings"],
+        position_embedding_type=saved["position_embedding_type"],
     )

@@ -10,7 +10,7 @@ from types import ModuleType
 from megatron.core.dist_checkpointing import durable
 from megatron.core.errors import FlagError
 
-_FILES = [
+_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -23,7 +23,7 @@ _FILES = [
     "sentencepiece.bpe.model",
     "chat_template.jinja",
     "generation_config.json",
-]
+)
 _SUBDIRECTORY = "tokenizer"
 
 
