@@ -126,6 +126,14 @@ def order_has_three_axes(args: Any) -> bool:
     return not args.use_tp_pp_dp_mapping or args.context_parallel_size * args.expert_model_parallel_size <= 1
 
 
+@rule(GIVEN, "--defer-embedding-wgrad-compute", "--overlap-grad-reduce",
+      bad="--defer-embedding-wgrad-compute --overlap-grad-reduce --pipeline-model-parallel-size 2",
+      why="the deferred gradient is computed after the pipeline has drained, when its bucket is reduced already",
+      fix="drop one of the two")
+def deferred_gradients_are_not_overlapped(args: Any) -> bool:
+    return not (args.defer_embedding_wgrad_compute and args.overlap_grad_reduce)
+
+
 @rule(GIVEN, "--overlap-param-gather", "--use-distributed-optimizer", bad="--overlap-param-gather",
       why="only the distributed optimizer gathers parameters", fix="add --use-distributed-optimizer")
 def param_gather_needs_distributed_optimizer(args: Any) -> bool:
