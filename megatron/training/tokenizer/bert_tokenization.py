@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 
 import numpy
 
@@ -231,15 +232,23 @@ class FullTokenizer:
         return [piece for word in words for piece in self.wordpiece_tokenizer.pieces(word)]
 
     def encode(self, text: str) -> numpy.ndarray:
-        """Ids [t] of `text`: those of convert_tokens_to_ids(tokenize(text)).
-
-        The words of ASCII texts are looked up. Of other texts whole stretches are, because basic tokenization works
-        within what whitespace delimits; only new ones are tokenized.
-        """
+        """Ids [t] of `text`: those of convert_tokens_to_ids(tokenize(text))."""
         if self._find_controls.search(text):
             text = self._find_controls.sub("", text)
-        if not text.isascii():
-            return self._stretches.ids(text.split())
+        if text.isascii():
+            return self._encode_ascii(text)
+        lines = groupby(text.split("\n"), key=str.isascii)
+        # Basic tokenization works within what whitespace delimits: such stretches are remembered whole.
+        return numpy.concatenate(
+            [
+                self._encode_ascii("\n".join(group))
+                if is_ascii
+                else self._stretches.ids(" ".join(group).split())
+                for is_ascii, group in lines
+            ]
+        )
+
+    def _encode_ascii(self, text: str) -> numpy.ndarray:
         if self._lower_case:
             text = text.lower()
         if len(text) < TABLE_FROM_CHARACTERS:
