@@ -104,6 +104,8 @@ def _attention(w: Workload, rows: float, queries: int, keys: int, causal: bool) 
     half = (1 + 1 / queries) / 2 if causal else 1.0
     if w.attention == "flash":
         kept, flops, moved = 4 * rows * heads, 4 * pairs * half * w.head, 3 * out
+        if w.on_cpu:  # plain torch goes over the scores of a block several times
+            moved += pairs * half * 8 * e
     elif w.attention == "blocked":
         half = min(1.0, (1 + _BLOCK / queries) / 2) if causal else 1.0
         kept, flops = pairs * half * (e + w.attention_dropout), 4 * pairs * half * w.head
