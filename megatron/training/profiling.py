@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -158,7 +159,7 @@ def summarize(events: Iterable[Event], steps: int = 1, gaps: int = 3) -> Summary
     )
     kinds[IDLE] = total - sum(end - start for start, end in busy)
     transferring = sum(end - start for start, end in _union([e for e in ordered if e.kind == COMMUNICATION]))
-    found = [Gap(low_end, high - low_end, "", "") for (_, low_end), (high, _) in zip(busy, busy[1:])]
+    found = [Gap(low_end, high - low_end, "", "") for (_, low_end), (high, _) in itertools.pairwise(busy)]
     largest = sorted(found, key=lambda gap: -gap.length)[:gaps]
     return Summary(
         kinds, transferring - kinds[COMMUNICATION], [_named(gap, ordered) for gap in largest], steps

@@ -517,7 +517,7 @@ def _fp8_quantize(run: Implementation, dtype: torch.dtype, device: str) -> None:
 
 @suite("fp8_gemm", "values")
 def _fp8_gemm(run: Implementation, dtype: torch.dtype, device: str) -> None:
-    out = dtype if dtype != torch.float16 else torch.bfloat16
+    out = torch.bfloat16 if dtype in (torch.bfloat16, torch.float16) else torch.float32
     for fmt in (torch.float8_e4m3fn, torch.float8_e5m2):
         for m, n, k in ((16, 32, 48), (64, 16, 128)):
             a = noise(m, k, seed=1, dtype=torch.float32, device=device).to(fmt)

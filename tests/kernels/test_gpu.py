@@ -61,3 +61,7 @@ def test_triton_attention_dropout(dtype: torch.dtype) -> None:
 
 def test_rope_in_place() -> None:
     triton_suite.test_rope_in_place()
+
+
+def test_training_with_every_kernel_equals_eager_training() -> None:
+    triton_suite.test_training_with_every_kernel_equals_eager_training()

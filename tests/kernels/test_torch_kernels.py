@@ -7,6 +7,7 @@ import torch
 
 from megatron.core.kernels import capability, registry
 from megatron.core.kernels.registry import Entry, Spec
+from tests.kernels.fused_training import assert_equal_training
 from tests.kernels.suites import ATTENTION_CASES, SUITES, attention_case, attention_dropout
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -28,7 +29,7 @@ def cases() -> list[tuple[Entry, str, registry.Loader]]:
 
 def test_every_operation_has_a_suite_and_a_reference() -> None:
     for op in registry.PROVIDERS:
-        assert op in SUITES or op == "core_attention"
+        assert op in SUITES or op in ("core_attention", "gpt_layer")
         assert runnable(op), f"{op} has no implementation without a GPU"
 
 
@@ -64,3 +65,7 @@ def test_the_cpu_prefers_blocked_attention() -> None:
     registry.select("core_attention", AttentionSpec())
     assert registry.report()[-1].chosen == "blocked"
     assert isinstance(Spec(), Spec)
+
+
+def test_two_hundred_fused_steps_equal_eager_ones() -> None:
+    assert_equal_training("torch", "cpu", steps=200, exact_steps=8)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron.core.kernels import registry
+from tests.kernels.fused_training import assert_equal_training
 from tests.kernels.references import AttentionCase
 from tests.kernels.suites import ATTENTION_CASES, SUITES, attention_case, attention_dropout
 
@@ -60,3 +61,8 @@ def test_rope_in_place() -> None:
     want = fused_rope(t, freqs)
     assert rope_(t, freqs).data_ptr() == t.data_ptr()
     assert torch.allclose(t, want, atol=1e-6)
+
+
+def test_training_with_every_kernel_equals_eager_training() -> None:
+    # the interpreter takes seconds for a step
+    assert_equal_training("triton", DEVICE, steps=200 if DEVICE == "cuda" else 3, exact_steps=3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron.core.fusions.dropout import keep_mask, keep_scale
-from megatron.core.kernels.registry import register
+from megatron.core.kernels.registry import Spec, register, select
 
 WithBias = tuple[Tensor, "Tensor | None"]
 
@@ -80,6 +80,24 @@ def get_bias_dropout_add(training: bool, fused: bool) -> Callable[[WithBias, Ten
     if not fused:
         return bias_dropout_add_unfused(training)
     return bias_dropout_add_fused_train if training else bias_dropout_add_fused_inference
+
+
+def choose_bias_dropout_add(device: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """`get_bias_dropout_add` whose fused form is the implementation that serves `dtype` on `device` best."""
+    kernel = select("bias_dropout_add", Spec(device, dtype))
+
+    def in_training(x_with_bias: WithBias, residual: Tensor, prob: float) -> Tensor:
+        return kernel(x_with_bias[0], x_with_bias[1], residual, prob)
+
+    def in_inference(x_with_bias: WithBias, residual: Tensor, prob: float) -> Tensor:
+        return kernel(x_with_bias[0], x_with_bias[1], residual, 0.0)
+
+    def get(training: bool, fused: bool) -> Callable[[WithBias, Tensor, float], Tensor]:
+        if not fused:
+            return bias_dropout_add_unfused(training)
+        return in_training if training else in_inference
+
+    return get
 
 
 @register("bias_dropout_add", "torch", rank=0)

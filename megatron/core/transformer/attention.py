@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.inference_params import InferenceParams
-from megatron.core.models.common.embeddings.rotary_pos_embedding import apply_rotary_pos_emb
+from megatron.core.models.common.embeddings.rotary_pos_embedding import choose_rotation
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType, AttnType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -83,6 +83,7 @@ class Attention(MegatronModule, ABC):
             attention_type=attention_type,
             pg_collection=pg_collection,
         )
+        self.rotate = choose_rotation(config)
         self.checkpoint_core_attention = config.recompute_granularity == "selective"
         self.linear_proj = build_module(
             submodules.linear_proj,
@@ -134,8 +135,9 @@ class Attention(MegatronModule, ABC):
         if tables[0] is not None and tables[1] is not None:
             cu_q = packed_seq_params.cu_seqlens_q if packed and packed_seq_params else None
             cu_kv = packed_seq_params.cu_seqlens_kv if packed and packed_seq_params else None
-            query = apply_rotary_pos_emb(query, tables[0], config=self.config, cu_seqlens=cu_q)
-            key = apply_rotary_pos_emb(key, tables[1], config=self.config, cu_seqlens=cu_kv)
+            interleaved = self.config.rotary_interleaved
+            query = self.rotate(query, tables[0], interleaved, cu_q)
+            key = self.rotate(key, tables[1], interleaved, cu_kv)
 
         if self.checkpoint_core_attention and self.training:
             context = self._recomputed_core_attention(

@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import (
     ReplicaId,
     ShardedStateDict,
     ShardedTensor,
     ShardedTensorFactory,
 )
-from megatron.core.fusions.fused_bias_geglu import bias_geglu_impl
-from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
-from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.kernels import registry
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -114,13 +113,17 @@ def choose_activation(config: TransformerConfig) -> Activation:
     """
     activation, gated = config.activation_func, config.gated_linear_unit
     if config.bias_activation_fusion:
+        spec = registry.Spec(device.kind(), config.params_dtype)
         if gated and activation is F.silu:
-            store_fp8 = config.activation_func_fp8_input_store
-            return lambda x, bias: bias_swiglu_impl(x, bias, store_fp8)
+            bias_swiglu, store_fp8 = (
+                registry.select("bias_swiglu", spec),
+                config.activation_func_fp8_input_store,
+            )
+            return lambda x, bias: bias_swiglu(x, bias, store_fp8)
         if gated and activation is F.gelu:
-            return bias_geglu_impl
+            return registry.select("bias_geglu", spec)
         if activation is F.gelu and not gated and config.add_bias_linear:
-            return bias_gelu_impl  # type: ignore[return-value]  # there is a bias
+            return registry.select("bias_gelu", spec)
 
     def plain(x: Tensor, bias: Tensor | None) -> Tensor:
         x = x if bias is None else x + bias

@@ -522,32 +522,37 @@ def exempt_layers_count(config: TransformerConfig) -> bool:
 
 # ---- recorded layers
 
-@rule(RULES, "--enable-cuda-graph", "--pipeline-model-parallel-size", bad="--enable-cuda-graph --pipeline-model-parallel-size 2",
+@rule(RULES, "--enable-cuda-graph", "--pipeline-model-parallel-size",
+      bad="--enable-cuda-graph --pipeline-model-parallel-size 2",
       why="a recorded layer holds the activations of one microbatch, and a pipeline keeps several", fix="drop one of them")
 def graphs_hold_one_microbatch(config: TransformerConfig) -> bool:
     return not config.enable_cuda_graph or config.pipeline_model_parallel_size == 1
 
 
-@rule(RULES, "--enable-cuda-graph", "--hidden-dropout", "--attention-dropout", bad="--enable-cuda-graph --hidden-dropout 0.1",
+@rule(RULES, "--enable-cuda-graph", "--hidden-dropout", "--attention-dropout",
+      bad="--enable-cuda-graph --hidden-dropout 0.1",
       why="a replay cannot switch the random states that dropout draws from",
       fix="add --hidden-dropout 0 --attention-dropout 0, or drop --enable-cuda-graph")
 def graphs_exclude_dropout(config: TransformerConfig) -> bool:
     return not config.enable_cuda_graph or config.hidden_dropout == config.attention_dropout == 0.0
 
 
-@rule(RULES, "--enable-cuda-graph", "--recompute-granularity", bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --recompute-granularity selective",
+@rule(RULES, "--enable-cuda-graph", "--recompute-granularity",
+      bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --recompute-granularity selective",
       why="recomputation saves and restores random states, which cannot be recorded", fix="drop one of them")
 def graphs_exclude_recompute(config: TransformerConfig) -> bool:
     return not config.enable_cuda_graph or config.recompute_granularity is None
 
 
-@rule(RULES, "--enable-cuda-graph", "--num-experts", bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --num-experts 4",
+@rule(RULES, "--enable-cuda-graph", "--num-experts",
+      bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --num-experts 4",
       why="experts receive other numbers of tokens at every replay", fix="drop one of them")
 def graphs_exclude_experts(config: TransformerConfig) -> bool:
     return not config.enable_cuda_graph or config.num_moe_experts is None
 
 
-@rule(RULES, "--enable-cuda-graph", "--fp8-recipe", bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --fp8-format e4m3",
+@rule(RULES, "--enable-cuda-graph", "--fp8-recipe",
+      bad="--enable-cuda-graph --hidden-dropout 0 --attention-dropout 0 --fp8-format e4m3",
       why="delayed scales begin with the first step's own magnitudes, and a recording cannot change its mind",
       fix="add --fp8-recipe tensorwise")
 def graphs_exclude_delayed_scales(config: TransformerConfig) -> bool:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.core import device
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
+from megatron.core.fusions.fused_bias_dropout import choose_bias_dropout_add, get_bias_dropout_add
 from megatron.core.inference_params import InferenceParams
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
@@ -44,6 +46,13 @@ class TransformerLayerSubmodules:
     mlp_bda: Part = IdentityFuncOp
 
     sharded_state_dict_keys_map: dict[str, str] = field(default_factory=dict)
+
+
+def _joint(part: Part, config: TransformerConfig) -> Any:
+    """What adds a part's result to the stream: `get_bias_dropout_add` with its kernel chosen here, or the spec's own."""
+    if part is get_bias_dropout_add and config.bias_dropout_fusion:
+        return choose_bias_dropout_add(device.kind(), config.params_dtype)
+    return build_module(part)
 
 
 class BaseTransformerLayer(ABC):  # noqa: B024  (a marker: what a block may stack)
@@ -83,20 +92,20 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
 
         self.input_layernorm = build_module(submodules.input_layernorm, **norm)
         self.self_attention = build_module(submodules.self_attention, layer_number=self.layer_number, **part)
-        self.self_attn_bda = build_module(submodules.self_attn_bda)
+        self.self_attn_bda = _joint(submodules.self_attn_bda, config)
 
         self.pre_cross_attn_layernorm = build_module(submodules.pre_cross_attn_layernorm, **norm)
         self.cross_attention = build_module(
             submodules.cross_attention, layer_number=self.layer_number, **part
         )
-        self.cross_attn_bda = build_module(submodules.cross_attn_bda)
+        self.cross_attn_bda = _joint(submodules.cross_attn_bda, config)
         self.has_cross_attention = not isinstance(self.cross_attention, IdentityOp)
 
         self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
         self.mlp = build_module(submodules.mlp, **part)
         if hasattr(self.mlp, "set_layer_number"):
             self.mlp.set_layer_number(self.layer_number)
-        self.mlp_bda = build_module(submodules.mlp_bda)
+        self.mlp_bda = _joint(submodules.mlp_bda, config)
 
     @staticmethod
     def _get_layer_offset(config: TransformerConfig) -> int:

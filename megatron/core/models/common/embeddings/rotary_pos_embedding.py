@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from megatron.core import device, parallel_state
 from megatron.core.fusions.fused_rope import fused_rope, rope_eager
 from megatron.core.inference_params import InferenceParams
+from megatron.core.kernels import registry
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "apply_rotary_pos_emb",
     "apply_rotary_pos_emb_bshd",
     "apply_rotary_pos_emb_thd",
+    "choose_rotation",
     "get_pos_emb_on_this_cp_rank",
 ]
 
@@ -169,3 +172,10 @@ def apply_rotary_pos_emb(
     """Rotate t [s, b, np, hn], or with cu_seqlens packed documents [tokens, np, hn], by angles [s, 1, 1, d]."""
     rotate = fused_rope if config.apply_rope_fusion else rope_eager
     return rotate(t, freqs, config.rotary_interleaved, cu_seqlens)
+
+
+def choose_rotation(config: TransformerConfig) -> Callable[[Tensor, Tensor, bool, Tensor | None], Tensor]:
+    """The function (t, freqs, interleaved, cu_seqlens) -> rotated t that serves this configuration on this device."""
+    if not config.apply_rope_fusion:
+        return rope_eager
+    return registry.select("rope", registry.Spec(device.kind(), config.params_dtype))
