@@ -38,8 +38,8 @@ def run(cli: Sequence[str], steps: int, save_at: Sequence[int] = (), seed_shift:
     os.environ.update(RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()), LOCAL_RANK="0")
     sys.argv = ["run", *cli]
     from megatron.core.enums import ModelType
-    from megatron.training import get_args
     from megatron.core.utils import get_model_config
+    from megatron.training import get_args
     from megatron.training.async_utils import maybe_finalize_async_save
     from megatron.training.checkpointing import save_checkpoint
     from megatron.training.initialize import initialize_megatron

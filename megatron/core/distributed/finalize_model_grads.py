@@ -96,8 +96,8 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
     """Complete the gradients of all chunks of this rank (`model`); every rank must call, after the last backward.
 
     In this order: data-parallel reduction; sum over tensor ranks for sequence-parallel parameters; sum over stages for
-    shared embeddings; the scales of the next step's fp8 products; and, with `num_tokens` (tokens of this rank's batch, a scalar tensor), division by the tokens
-    of the global batch.
+    shared embeddings; the scales of the next step's fp8 products; and, with `num_tokens` (tokens of this rank's batch, a
+    scalar tensor), division by the tokens of the global batch.
     """
     config = get_model_config(model[0])
     with _timed(config, "all-grads-sync"):

@@ -64,12 +64,13 @@ class FixedTimers:
 
 
 BASE = {
-    "train_iters": 100, "log_interval": 1, "tensorboard_log_interval": 1, "log_timers_to_tensorboard": False, "log_throughput": False,
-    "log_world_size_to_tensorboard": False, "log_loss_scale_to_tensorboard": True, "log_memory_to_tensorboard": False,
-    "decoupled_lr": None, "micro_batch_size": 2, "data_parallel_size": 2, "world_size": 4, "mfu_peak_tflops": None, "seq_length": 32,
-    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 256, "padded_vocab_size": 5120,
-    "group_query_attention": False, "num_query_groups": 1, "num_experts": None, "moe_router_topk": 2, "swiglu": False,
-    "log_validation_ppl_to_tensorboard": False,
+    "train_iters": 100, "log_interval": 1, "tensorboard_log_interval": 1, "log_timers_to_tensorboard": False,
+    "log_throughput": False, "log_world_size_to_tensorboard": False, "log_loss_scale_to_tensorboard": True,
+    "log_memory_to_tensorboard": False, "decoupled_lr": None, "micro_batch_size": 2, "data_parallel_size": 2,
+    "world_size": 4, "mfu_peak_tflops": None, "seq_length": 32, "num_layers": 2, "hidden_size": 64,
+    "num_attention_heads": 4, "kv_channels": 16, "ffn_hidden_size": 256, "padded_vocab_size": 5120,
+    "group_query_attention": False, "num_query_groups": 1, "num_experts": None, "moe_router_topk": 2, "swiglu":
+    False, "log_validation_ppl_to_tensorboard": False,
 }  # fmt: skip
 
 
