@@ -27,6 +27,9 @@ _DRAWS = 1 << 16
 _BLEND_CELLS = 1 << 16
 _BLEND_MIN_STEPS = 512
 
+# Ends of rows searched for at once.
+_SEARCHES = 1 << 14
+
 # Documents (and on average rows) per step: few enough that temporaries stay in the cache and in mapped memory.
 _CHUNK = 1 << 17
 
@@ -203,17 +206,15 @@ def _usable_documents(docs: numpy.ndarray, sizes: numpy.ndarray, min_num_sent: i
     return list(zip(firsts[usable].tolist(), ends[usable].tolist()))
 
 
-def _target_lengths(max_seq_length: int, short_seq_prob: float, seed: int) -> Iterator[int]:
-    """The endless stream of target lengths: one 32-bit Mersenne Twister output each, none if all are the same."""
+def _target_lengths(max_seq_length: int, short_seq_prob: float, seed: int) -> Iterator[numpy.ndarray]:
+    """The endless stream of target lengths in blocks: one 32-bit Mersenne Twister output each, none if all are equal."""
     if short_seq_prob == 0:
-        yield from itertools.repeat(max_seq_length)
+        yield from itertools.repeat(numpy.full(_DRAWS, max_seq_length, dtype=numpy.int64))
     ratio = math.floor(1.0 / short_seq_prob + 0.5)  # halves round away from zero, as in C
     random = numpy.random.RandomState(seed)
     while True:
         values = random.randint(0, 1 << 32, size=_DRAWS, dtype=numpy.uint32).astype(numpy.int64)
-        yield from numpy.where(
-            values % ratio == 0, 2 + values % (max_seq_length - 1), max_seq_length
-        ).tolist()
+        yield numpy.where(values % ratio == 0, 2 + values % (max_seq_length - 1), max_seq_length)
 
 
 def _walk_sentences(
@@ -222,35 +223,75 @@ def _walk_sentences(
     num_epochs: int,
     max_num_samples: int,
     max_seq_length: int,
-    targets: Iterator[int],
+    targets: Iterator[numpy.ndarray],
     min_num_sent: int,
 ) -> numpy.ndarray:
     """The rows in document order, int64 [rows, 3]; documents are (first, end) sentences.
 
     A row ends at the first sentence that fulfils target and minimum, provided two or more sentences remain after
-    it, else at the end of the document. Each document draws one target, and each row one for its successor.
+    it, else at the end of the document. Each document draws one target, and each row one for its successor. How
+    much one document draws decides what the next one gets, so this is a walk; it finds only where rows end.
     """
     before = numpy.concatenate([[0], numpy.cumsum(sizes, dtype=numpy.int64)])
+    least = max(min_num_sent, 1)
     # Where a row of the longest target ends, for every sentence that it may begin with; other targets are rare.
-    longest_ends = numpy.searchsorted(before, before[:-1] + max_seq_length).data
+    ends_by_start = _ends_by_start(before, max_seq_length, least).data
     lengths_before = before.data
-    rows = array("q")
+    drawn: list[numpy.ndarray] = []
+
+    def draws() -> Iterator[list[int]]:
+        for block in targets:
+            drawn.append(block)
+            yield block.tolist()
+
+    draw = itertools.chain.from_iterable(draws()).__next__
+    stops = array("q")
+    rows_before = array("q")
     for _ in range(num_epochs):
-        if len(rows) >= 3 * max_num_samples:
+        if len(stops) >= max_num_samples:
             break
-        for first, end in documents:
-            start, target = first, next(targets)
+        for start, end in documents:
+            rows_before.append(len(stops))
+            last_stop = end - 2
+            target = draw()
             while start < end:
                 if target == max_seq_length:
-                    stop = longest_ends[start]
+                    start = ends_by_start[start]
                 else:
                     stop = bisect_left(lengths_before, lengths_before[start] + target, start, end + 1)
-                stop = max(stop, start + min_num_sent, start + 1)
-                if stop > end - 2:
-                    stop = end
-                rows.extend((start, stop, target))
-                start, target = stop, next(targets)
-    return numpy.array(rows, dtype=numpy.int64).reshape(-1, 3)
+                    start = stop if stop >= start + least else start + least
+                if start > last_stop:
+                    start = end
+                stops.append(start)
+                target = draw()
+    rows = numpy.empty((len(stops), 3), dtype=numpy.int64)
+    if not rows.size:
+        return rows
+    first_rows = numpy.array(rows_before)
+    rows[:, 1] = stops
+    rows[1:, 0] = rows[:-1, 1]
+    rows[first_rows, 0] = numpy.resize([first for first, _ in documents], first_rows.size)
+    # Row r of document d (from 0, over all epochs) is made with draw r + d.
+    of_document = numpy.zeros(len(stops), dtype=numpy.int64)
+    of_document[first_rows[1:]] = 1
+    rows[:, 2] = numpy.concatenate(drawn)[numpy.cumsum(of_document) + numpy.arange(len(stops))]
+    return rows
+
+
+def _ends_by_start(before: numpy.ndarray, target: int, least: int) -> numpy.ndarray:
+    """For every sentence the end, int64, of the fewest sentences from there on, `least` or more, that reach `target`.
+
+    `before` are the tokens before each sentence, and in all. Part by part, because the search in a part of the
+    array stays in the cache.
+    """
+    count = before.size - 1
+    ends = numpy.arange(least, count + least)
+    for first in range(0, count, _SEARCHES):
+        wanted = before[first : min(first + _SEARCHES, count)] + target
+        stop = int(numpy.searchsorted(before, wanted[-1])) + 1
+        part = ends[first : first + wanted.size]
+        numpy.maximum(part, numpy.searchsorted(before[first:stop], wanted) + first, out=part)
+    return ends
 
 
 def _shuffled_rows(count: int, seed: int) -> numpy.ndarray:
