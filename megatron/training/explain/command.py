@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.core import device
 from megatron.core.errors import FlagError
 
 #: Entry scripts by the name of their model.
@@ -22,8 +23,6 @@ USAGE = """Say what a training command will do, without doing it: no process gro
 --device: the machine to plan for; else this one, or H100s where more ranks are asked for than this one has cores.
 --profile: a JSON file with a measured device profile (benchmarks/layouts.py --calibrate writes one of this machine).
 The entry script is pretrain_gpt.py unless it is named. Print the flags themselves with `--help` of the entry script."""
-
-_WITHOUT_VALUE = {"--standalone", "--no-python", "--no_python", "-m", "--module", "--run-path", "--run_path"}
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ def understand(words: Sequence[str], environment: dict[str, str] | None = None) 
     launcher, script, flags = _split_at_script(rest)
     notes = []
     ranks = _ranks(own.get("--world-size"), launcher, env)
-    device = own.get("--device")
-    if device is None:
-        device, note = _default_device(ranks)
+    planned = own.get("--device")
+    if planned is None:
+        planned, note = _default_device(ranks)
         notes.append(note)
-    if device not in DEVICES:
-        raise FlagError("--device", f"{device!r} is not known", f"choose one of {', '.join(DEVICES)}")
-    return Command(script, tuple(flags), ranks, device, own.get("--profile"), tuple(notes))
+    if planned not in DEVICES:
+        raise FlagError("--device", f"{planned!r} is not known", f"choose one of {', '.join(DEVICES)}")
+    return Command(script, tuple(flags), ranks, planned, own.get("--profile"), tuple(notes))
 
 
 def _own_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -111,8 +110,6 @@ def _positive(subject: str, text: str) -> int:
 
 
 def _default_device(ranks: int) -> tuple[str, str]:
-    from megatron.core import device
-
     name = device.device_name().lower()
     known = next((each for each in DEVICES if each in name), None)
     cores = os.cpu_count() or 1
