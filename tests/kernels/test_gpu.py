@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.core.errors import FlagError
+from megatron.core.fp8.quantize import quantize
 from megatron.core.kernels import capability, registry
+from megatron.core.transformer.cuda_graphs import record_layers
 from tests.kernels import triton_suite
 from tests.kernels.references import AttentionCase
 from tests.kernels.suites import ATTENTION_CASES, SUITES, attention_case
+from tests.unit import test_cuda_graphs as cuda_graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -65,3 +69,38 @@ def test_rope_in_place() -> None:
 
 def test_training_with_every_kernel_equals_eager_training() -> None:
     triton_suite.test_training_with_every_kernel_equals_eager_training()
+
+
+@pytest.mark.parametrize("fmt", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_rounds_to_fp8_as_torch_does(fmt: torch.dtype, dtype: torch.dtype) -> None:
+    """Random values: Triton's interpreter does not round them, so only a GPU can tell."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        with pytest.raises(FlagError, match=r"needs compute capability 8\.9"):
+            registry.select("fp8_quantize", registry.Spec("cuda", dtype), demand="triton")
+        return
+    run = registry.select("fp8_quantize", registry.Spec("cuda", dtype), demand="triton")
+    x = torch.randn(333, 130, device="cuda").to(dtype)
+    x[5, 5] = torch.nan
+    scale = torch.full((), 37.0, device="cuda")
+    mine, theirs = run(x, scale, fmt, None, True), quantize(x, scale, fmt, None, True)
+    for got, wanted in zip(mine, theirs):
+        assert torch.equal(got.float().nan_to_num(7.0), wanted.float().nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("rope", [False, True])
+def test_recorded_layers_train_as_eager_ones_do(rope: bool) -> None:
+    fields = cuda_graphs.config(bf16=True, params_dtype=torch.bfloat16)
+    plain, recorded = (cuda_graphs.gpt(fields, rope).cuda().bfloat16() for _ in range(2))
+    assert record_layers([recorded], fields, cuda_graphs.S, cuda_graphs.B) == 2
+    tokens = torch.randint(cuda_graphs.V, (cuda_graphs.B, cuda_graphs.S), device="cuda")
+    positions = torch.arange(cuda_graphs.S, device="cuda").expand_as(tokens)
+    for _ in range(3):
+        for model in (plain, recorded):
+            model.zero_grad()
+            model(tokens, positions, None, labels=tokens).mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * parameter.grad)
+    for (name, mine), theirs in zip(recorded.named_parameters(), plain.parameters()):
+        assert torch.allclose(mine.float(), theirs.float(), atol=2e-3), name
