@@ -23,12 +23,15 @@ print("TEXT" + run(prompt, max_new_tokens=int(tokens), do_sample=False)[0]["gene
 """
 
 
-def command(*arguments: object, path: Path | None = None, **environment: str) -> str:
+def command(
+    *arguments: object, path: Path | None = None, cwd: Path | None = None, **environment: str
+) -> str:
     """Run a Python program in a process of its own; its output. `path` precedes the installed packages."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
         text=True,
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(path or ROOT), **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -149,6 +149,8 @@ def _demand(kind: str, tensors: dict[str, torch.Tensor], md: Namespace, director
 def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> Namespace:
     """What the saver must know; its arguments are those a run of this model needs."""
     own = family.arguments(config)
+    # A table of any length is kept as it is, and a run must not pad it anew.
+    multiple = 128 if args.true_vocab_size is not None or config["vocab_size"] % 128 == 0 else 1
     heads = own["num_attention_heads"]
     saved = {
         "seq_length": own["max_position_embeddings"],
@@ -159,7 +161,7 @@ def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: 
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
         "add_position_embedding": True,
-        "make_vocab_size_divisible_by": 128,
+        "make_vocab_size_divisible_by": multiple,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,
         "tokenizer_model": args.tokenizer_model,
@@ -181,7 +183,7 @@ def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: 
         previous_tensor_parallel_size=1,
         previous_pipeline_parallel_size=1,
         true_vocab_size=args.true_vocab_size,
-        make_vocab_size_divisible_by=128,
+        make_vocab_size_divisible_by=multiple,
         checkpoint_args=checkpoint_args,
         consumed_train_samples=0,
         consumed_valid_samples=0,

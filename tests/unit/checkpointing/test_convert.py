@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "checkpoints"
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("recorded")
-    for model in ("gpt", "llama", "bert", "t5", "moe", "vpp", "legacy_gpt"):
+    for model in ("gpt", "llama", "bert", "t5", "moe", "vpp", "legacy_gpt", "legacy_bert"):
         with tarfile.open(GOLDEN / model / "checkpoints.tar.xz") as archive:
             archive.extractall(root / model, filter="data")
     return root
@@ -94,6 +94,33 @@ def test_first_generation_round_trip(recorded: Path, tmp_path: Path, source: str
     _assert_same(ours["encoder"], {n: v for n, v in theirs["encoder"].items() if isinstance(v, torch.Tensor)})
     for table in ("word_embeddings", "position_embeddings"):
         assert torch.equal(ours["embedding"][table]["weight"], theirs["embedding"][table]["weight"])
+
+
+@pytest.mark.parametrize(("model", "kind"), [("legacy_gpt", "GPT"), ("legacy_bert", "BERT")])
+def test_converters_find_the_layout_they_expect(recorded: Path, tmp_path: Path, model: str, kind: str) -> None:
+    """Keys in order, and tensors, of the file that transformers 4.46's unmodified converters were recorded to read."""
+    options = [*_sizes(1, 1), "--no-verify"]
+    _convert(kind, "megatron", "torch_dist", recorded / model / "tp1pp1", tmp_path / "new", *options)
+    _convert(kind, "torch_dist", "megatron", tmp_path / "new", tmp_path / "old", *options)
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for key, value in tree.items():
+            name = f"{prefix}{key}."
+            leaves.update(flat(value, name) if isinstance(value, dict) else {name: value})
+        return {name: value for name, value in leaves.items() if "_extra_state" not in name}
+
+    (ours,) = (tmp_path / "old").glob("*/mp_rank_00/model_optim_rng.pt")
+    (theirs,) = (recorded / model / "v3_layernorm").glob("*/mp_rank_00/model_optim_rng.pt")
+    written, expected = flat(load_file(ours)["model"]), flat(load_file(theirs)["model"])
+    _assert_same(written, expected)
+    language_model = load_file(ours)["model"]["language_model"]
+    stack = list(language_model["encoder"])
+    # The converters stop at the first name that is no layer's, and want each weight before its bias.
+    assert [name for name in stack if name.startswith("layers.")] == stack[:-2]
+    for name in stack:
+        if name.endswith("query_key_value.bias"):
+            assert stack.index(name.replace("bias", "weight")) < stack.index(name)
 
 
 def test_torch_dist_has_the_recorded_keys(recorded: Path, tmp_path: Path) -> None:

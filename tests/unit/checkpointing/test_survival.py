@@ -6,9 +6,6 @@ import errno
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,69 +198,3 @@ def test_async_save_is_durable_only_when_announced(
     run.save()
     maybe_finalize_async_save(blocking=True)
     assert Run(arguments(tmp_path, ckpt_format="torch_dist")).load() == 3
-
-
-_KILLED_RUN = """
-import sys
-from pathlib import Path
-from tests.unit.checkpointing.toy import Run, arguments, one_process
-from megatron.training.async_utils import maybe_finalize_async_save
-
-directory, ckpt_format, steps, asynchronous = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"
-with one_process():
-    run = Run(arguments(directory, ckpt_format=ckpt_format, async_save=asynchronous or None, keep_last=2), width=256)
-    run.load()
-    print("ready", flush=True)
-    while run.iteration < steps:
-        run.step()
-        maybe_finalize_async_save()
-        run.save()
-    maybe_finalize_async_save(blocking=True)
-    print("weights", [float(w.double().sum()) for w in run.weights()], flush=True)
-"""
-
-
-def _spawn(directory: Path, ckpt_format: str, steps: int, asynchronous: bool) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-c",
-        _KILLED_RUN,
-        str(directory),
-        ckpt_format,
-        str(steps),
-        str(int(asynchronous)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-@pytest.mark.parametrize(
-    ("ckpt_format", "asynchronous", "kills"),
-    [
-        ("torch", False, 3),
-        ("torch_dist", True, 3),
-        pytest.param("torch", False, 50, marks=pytest.mark.slow),
-        pytest.param("torch_dist", False, 40, marks=pytest.mark.slow),
-        pytest.param("torch_dist", True, 30, marks=pytest.mark.slow),
-    ],
-)
-def test_sigkill_at_random_moments(tmp_path: Path, ckpt_format: str, asynchronous: bool, kills: int) -> None:
-    """Killed again and again while it saves after every step, a run always resumes to the bits of a quiet one."""
-    steps = 4 * kills
-    quiet = _spawn(tmp_path / "quiet", ckpt_format, steps, asynchronous)
-    expected = re.findall(r"^weights .*$", quiet.communicate()[0], re.M)
-    moments = random.Random(11)
-    directory = tmp_path / "killed"
-    for _ in range(kills):
-        process = _spawn(directory, ckpt_format, steps, asynchronous)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("ready"):
-                break
-        time.sleep(moments.uniform(0.0, 0.06))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    output = _spawn(directory, ckpt_format, steps, asynchronous).communicate()[0]
-    assert re.findall(r"^weights .*$", output, re.M) == expected, output

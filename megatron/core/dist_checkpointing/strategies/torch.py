@@ -11,6 +11,7 @@ import io
 import pickle
 import uuid
 from collections import defaultdict
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -142,7 +143,9 @@ class TorchDistSaveShardedStrategy(AsyncSaveShardedStrategy):
 def _items_of(record: ShardedBase, copy: bool) -> list[tuple[Item, Described]]:
     if isinstance(record, ShardedObject):
         key = record.unique_key
-        return [(Item(key, None, [record.data]), Described(key, None))]
+        # An object may hold live tensors, which training changes while the background writes.
+        data = deepcopy(record.data) if copy else record.data
+        return [(Item(key, None, [data]), Described(key, None))]
     assert isinstance(record, ShardedTensor), "factories were applied before"
     if record.data is None:
         raise CheckpointingException(f"sharded tensor {record.key}", "there is no data to save")
