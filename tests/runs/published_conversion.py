@@ -23,9 +23,7 @@ print("TEXT" + run(prompt, max_new_tokens=int(tokens), do_sample=False)[0]["gene
 """
 
 
-def command(
-    *arguments: object, path: Path | None = None, cwd: Path | None = None, **environment: str
-) -> str:
+def command(*arguments: object, path: Path | None = None, cwd: Path | None = None, **environment: str) -> str:
     """Run a Python program in a process of its own; its output. `path` precedes the installed packages."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],

@@ -32,7 +32,17 @@ def test_transformers_4_converts_what_we_write(tmp_path: Path) -> None:
     path = tmp_path / "transformers4"
     requirements = ["transformers==4.46.3", "huggingface-hub<1.0", "tokenizers>=0.20,<0.21"]
     for requirement in requirements:
-        install = [sys.executable, "-m", "pip", "install", "-q", "--target", str(path), "--no-deps", requirement]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--target",
+            str(path),
+            "--no-deps",
+            requirement,
+        ]
         subprocess.run(install, check=True)
     hf, own, old, bare = (tmp_path / name for name in ("hf", "own", "old", "bare"))
     published.make_model(hf)

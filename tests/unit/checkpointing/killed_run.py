@@ -66,7 +66,10 @@ class _PartOptimizer(ToyOptimizer):
     def sharded_state_dict(
         self, model_state: dict[str, Any], is_loading: bool = False, **_: Any
     ) -> dict[str, Any]:
-        return {"param_groups": [], "own": ShardedObject("optimizer", self.state_dict(), (RANKS,), (dist.get_rank(),))}
+        return {
+            "param_groups": [],
+            "own": ShardedObject("optimizer", self.state_dict(), (RANKS,), (dist.get_rank(),)),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict.get("own", state_dict))
@@ -129,6 +132,7 @@ def _fork(rank: int, store: Path, options: dict[str, Any], progress: Progress, r
     except BaseException:
         # The parent must learn of everything; a killed neighbour is one of the causes.
         os.write(sending, traceback.format_exc().encode()[-4000:])
+        raise
     finally:
         os._exit(status)
 
@@ -159,7 +163,12 @@ def _whole_life(number: int, options: dict[str, Any], progress: Progress) -> lis
 
 def main() -> None:
     """Kill `kills` times, then let the run finish, and run another in peace; prints a report as JSON."""
-    directory, ckpt_format, asynchronous, kills = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "1", int(sys.argv[4])
+    directory, ckpt_format, asynchronous, kills = (
+        Path(sys.argv[1]),
+        sys.argv[2],
+        sys.argv[3] == "1",
+        int(sys.argv[4]),
+    )
     chance, progress = random.Random(int(sys.argv[5])), Progress()
     options = {
         "directory": str(directory / "killed"), "stores": str(directory), "format": ckpt_format,

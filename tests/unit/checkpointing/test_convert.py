@@ -97,7 +97,9 @@ def test_first_generation_round_trip(recorded: Path, tmp_path: Path, source: str
 
 
 @pytest.mark.parametrize(("model", "kind"), [("legacy_gpt", "GPT"), ("legacy_bert", "BERT")])
-def test_converters_find_the_layout_they_expect(recorded: Path, tmp_path: Path, model: str, kind: str) -> None:
+def test_converters_find_the_layout_they_expect(
+    recorded: Path, tmp_path: Path, model: str, kind: str
+) -> None:
     """Keys in order, and tensors, of the file that transformers 4.46's unmodified converters were recorded to read."""
     options = [*_sizes(1, 1), "--no-verify"]
     _convert(kind, "megatron", "torch_dist", recorded / model / "tp1pp1", tmp_path / "new", *options)
