@@ -17,6 +17,7 @@ from megatron.core.errors import FlagError
 from megatron.core.kernels import capability
 from megatron.training import arguments
 from megatron.training.config import build, rules
+from megatron.training.explain import describe, explain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLUSTER = capability.Capabilities(
@@ -132,6 +133,19 @@ def test_documented_command_line_is_valid_for_its_machines(
     for claim in documented.split():
         name, value = claim.split("=")
         assert str(getattr(args, name)).replace(" ", "") == value, name
+
+
+@pytest.mark.parametrize("script", DOCUMENTED)
+def test_documented_command_line_is_explained(script: str, tmp_path: Path) -> None:
+    """What the script gives to torchrun, given to tools/explain.py: the layout of its machines and what a rank holds."""
+    positional, environment, ranks, data_parallel, _ = DOCUMENTED[script]
+    options, entry, argv = launched(["bash", f"examples/{script}", *positional], tmp_path, **environment)
+    launcher = [word for option in options.items() for word in option]
+    no_files = ["--vocab-size", "128256"] if "llama" in script else []
+    words = ["torchrun", *launcher, entry, *argv, *no_files, "--device", "h100"]
+    text = "\n".join(describe.lines(explain(words)))
+    assert f"> layout: {ranks} rank(s) on H100 = tensor " in text and f" x data {data_parallel}\n" in text
+    assert "will not start" not in text and "> predicted step on h100: " in text
 
 
 def test_every_training_script_is_documented_here() -> None:

@@ -146,7 +146,7 @@ def place_of(args: Namespace, stage: int) -> ProcessGroupCollection:
     )
     own = args.encoder_pipeline_model_parallel_size
     if stage < own:
-        tp = args.encoder_tensor_model_parallel_size
+        tp = args.encoder_tensor_model_parallel_size or tp  # a split rank leaves it open: like the decoder
     sizes = {"tp": tp, "pp": stages_of(args), "cp": cp, "dp": args.data_parallel_size, "ep": ep}
     sizes |= {"tp_ep": tp * ep, "tp_cp": tp * cp, "dp_cp": args.data_parallel_size * cp}
     layout = Layout(
