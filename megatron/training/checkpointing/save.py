@@ -96,9 +96,8 @@ def save_checkpoint(
         return state
 
     def announce() -> None:
-        _publish(
-            save_dir, iteration, keep_last=None if non_persistent_ckpt else getattr(args, "keep_last", None)
-        )
+        keep_last = None if non_persistent_ckpt else getattr(args, "keep_last_checkpoints", None)
+        _publish(save_dir, iteration, keep_last=keep_last)
         say(f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir}")
         if non_persistent_ckpt:
             cleanup_old_non_persistent_checkpoint(save_dir)

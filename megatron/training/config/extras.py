@@ -15,8 +15,9 @@ class ExtrasConfig:
     sanity_checks: bool = flag(
         False, group="extras",
         help="Check every step that replicas agree and gradients are finite; names rank and parameter if not.")
-    keep_last: int | None = flag(
-        None, group="extras", help="Keep this many newest checkpoints in --save and delete older ones.")
+    keep_last_checkpoints: int | None = flag(
+        None, on=("--keep-last", "--keep-last-checkpoints"), group="extras",
+        help="Keep this many newest checkpoints in --save and delete older ones.")
     allow_unsafe_pickle: bool = flag(
         False, group="extras", help="Load checkpoint files that can run code. Only for files you trust.")
     print_config: bool = flag(

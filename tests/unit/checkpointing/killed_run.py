@@ -86,7 +86,7 @@ def _live(rank: int, store: Path, options: dict[str, Any], progress: Progress, r
         Path(options["directory"]),
         ckpt_format=options["format"],
         async_save=options["asynchronous"] or None,
-        keep_last=2,
+        keep_last_checkpoints=2,
         tensor_model_parallel_size=RANKS,
     )
     run = Run(args)

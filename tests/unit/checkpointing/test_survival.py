@@ -133,7 +133,7 @@ def test_all_damaged_is_an_error(tmp_path: Path) -> None:
 
 
 def test_keep_last(tmp_path: Path) -> None:
-    run = Run(arguments(tmp_path, keep_last=2))
+    run = Run(arguments(tmp_path, keep_last_checkpoints=2))
     for _ in range(4):
         run.step()
         run.save()

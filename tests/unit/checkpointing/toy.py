@@ -47,7 +47,7 @@ def arguments(directory: Path, **changes: Any) -> Namespace:
         use_distributed_optimizer=False, exit_on_missing_checkpoint=False, num_attention_heads=2, num_layers=2,
         hidden_size=8, add_position_embedding=True, tensor_model_parallel_size=1, pipeline_model_parallel_size=1,
         consumed_train_samples=0, skipped_train_samples=0, consumed_valid_samples=0, ckpt_step=None,
-        non_persistent_save_interval=None, non_persistent_global_ckpt_dir=None, keep_last=None,
+        non_persistent_save_interval=None, non_persistent_global_ckpt_dir=None, keep_last_checkpoints=None,
         allow_unsafe_pickle=False, vocab_file=None,
     )  # fmt: skip
     vars(args).update(changes)

@@ -183,10 +183,10 @@ def step_needs_a_checkpoint(args: Any) -> bool:
     return args.ckpt_step is None or args.load is not None
 
 
-@rule(GIVEN, "--keep-last", bad="--keep-last 0", why="keeping {a.keep_last} checkpoints would lose the run",
+@rule(GIVEN, "--keep-last", bad="--keep-last 0", why="keeping {a.keep_last_checkpoints} checkpoints would lose the run",
       fix="give 1 or more")
 def one_checkpoint_stays(args: Any) -> bool:
-    return args.keep_last is None or args.keep_last >= 1
+    return args.keep_last_checkpoints is None or args.keep_last_checkpoints >= 1
 
 
 @rule(GIVEN, "--override-opt_param-scheduler", "--use-checkpoint-opt_param-scheduler",
