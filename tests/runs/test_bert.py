@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import json
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,13 +16,20 @@ import pytest
 import torch
 
 import pretrain_bert
+from megatron.core.enums import ModelType
 from megatron.core.errors import FlagError
-from megatron.training import arguments
+from megatron.training import arguments, initialize_megatron
+from megatron.training.checkpointing import load_checkpoint
+from megatron.training.checkpointing.legacy import adapt_weights
 from megatron.training.config import rules
+from megatron.training.setup import get_model
+from megatron.training.utils import unwrap_model
 from tests.gang.harness import run_gang
 from tests.runs.pretraining import Observed, compare, observe, records
 from tests.runs.test_resume import assert_same_runs, stop_and_resume
+from tests.unit.models import recorded
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "checkpoints"
 DATA = Path(__file__).resolve().parents[1] / "golden" / "data"
 STEPS = 3
 COMMON = (
@@ -165,6 +176,77 @@ def by_hand(mask: Any, order: Any, per_token: Any, logits: Any) -> dict[str, flo
         "lm loss": (per_token * mask).sum() / mask.sum(),
         "sop loss": -log_p[numpy.arange(len(order)), order.astype(int)].mean(),
     }
+
+
+RECORDED = [
+    ("bert", "tp1pp1"),
+    ("bert", "torch_dist"),
+    ("legacy_bert", "tp1pp1"),
+    ("legacy_bert", "v0"),
+    ("legacy_bert", "v1"),
+    ("legacy_bert", "v3_layernorm"),
+]
+
+
+@pytest.mark.parametrize(("name", "source"), RECORDED)
+def test_recorded_checkpoint_computes_what_it_did(name: str, source: str, tmp_path: Path) -> None:
+    """`--load` of every format and age, with the recorded command line: v0.9's logits, losses and gradient norms."""
+    [result] = run_gang(1, loaded, SCRIPT, name, str(unpacked(name, tmp_path) / source), recorded_batch)
+    assert_as_recorded(name, *result)
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    with tarfile.open(GOLDEN / name / "checkpoints.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def recorded_batch(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    return recorded.run("bert", model, recorded.arrays(name, "batch.npz"))
+
+
+def loaded(
+    script: str, name: str, source: str, run: Callable[[torch.nn.Module, str], dict[str, torch.Tensor]]
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Body: the entry script's model with the weights of `source`; what `run` gives, and every gradient's norm."""
+    entry = importlib.import_module(script)
+    unknown_here = ("--use-legacy-models", "--mock-data")
+    cli = json.loads((GOLDEN / name / "config.json").read_text())["cli"]
+    argv = [word for word in cli if word not in unknown_here] + [
+        "--load",
+        source,
+        "--metrics-file",
+        "/dev/null",
+    ]
+    with mock.patch("sys.argv", [script, *argv]):
+        initialize_megatron()
+    # The recorded vocabulary has no tokens for spans, without which one cannot train a T5 but load it.
+    kind = ModelType.encoder_and_decoder if script == "pretrain_t5" else ModelType.encoder_or_decoder
+    with mock.patch.object(rules, "T5", []):
+        model = get_model(entry.model_provider, kind, wrap_with_ddp=False)
+    load_checkpoint(model, None, None)
+    [plain] = unwrap_model(model)
+    results = run(plain, name)
+    results["loss"].backward()
+    norms = {key: p.grad.norm().item() for key, p in plain.named_parameters()}
+    return {key: value.detach().float() for key, value in results.items()}, norms
+
+
+def assert_as_recorded(name: str, results: dict[str, torch.Tensor], norms: dict[str, float]) -> None:
+    for key, value in recorded.arrays(name, "expected.npz").items():
+        torch.testing.assert_close(
+            results[key], value, rtol=1e-5, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}"
+        )
+    expected = recorded.grad_norms(name)
+    if name.startswith("legacy"):
+        nested: dict[str, Any] = {"language_model": {}}
+        for key, norm in expected.items():
+            nested["language_model"][key.removeprefix("language_model.")] = norm
+        renamed = adapt_weights(nested, norms, 3.0, 1)
+        expected = {key: renamed[key] for key in norms}
+    assert norms.keys() == expected.keys()
+    for key, norm in norms.items():
+        assert norm == pytest.approx(expected[key], rel=1e-5, abs=1e-6), key
 
 
 @pytest.mark.parametrize("rule", rules.BERT, ids=lambda rule: rule.bad)

@@ -13,9 +13,10 @@ import pretrain_t5
 from megatron.training.config import rules
 from tests.gang.harness import run_gang
 from tests.runs.pretraining import Observed, compare, observe
-from tests.runs.test_bert import refused
+from tests.runs.test_bert import assert_as_recorded, loaded, refused, unpacked
 from tests.runs.test_resume import assert_same_runs, stop_and_resume
 from tests.unit.datasets.support import recorded_samples
+from tests.unit.models import recorded
 
 DATA = Path(__file__).resolve().parents[1] / "golden" / "data"
 STEPS = 3
@@ -123,6 +124,23 @@ def test_resumed_run_is_the_uninterrupted_run(
     argv = flags(cache, layout) + RESUME.split() + ["--ckpt-format", ckpt_format]
     run_gang(ranks, stop_and_resume, str(tmp_path), argv, SCRIPT)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("t5", "tp1pp1"), ("t5", "torch_dist"), ("legacy_t5", "tp1pp1")]
+)
+def test_recorded_checkpoint_computes_what_it_did(name: str, source: str, tmp_path: Path) -> None:
+    """`--load` with the recorded command line: v0.9's logits, losses and gradient norms."""
+    [result] = run_gang(1, loaded, SCRIPT, name, str(unpacked(name, tmp_path) / source), recorded_batch)
+    assert_as_recorded(name, *result)
+
+
+def recorded_batch(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+    batch = recorded.arrays(name, "batch.npz")
+    if name == "legacy_t5":
+        # v0.9's first T5 did not hand its cross-attention the mask: it looked at the encoder's padding.
+        batch["enc_dec_mask"] = torch.ones_like(batch["enc_dec_mask"])
+    return recorded.run("t5", model, batch)
 
 
 @pytest.mark.parametrize("rule", rules.T5, ids=lambda rule: rule.bad)
