@@ -112,7 +112,7 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         # A causal mask needs no tensor: attention looks left by itself.
-        create_attention_mask=makes_attention_mask(args),
+        create_attention_mask=makes_attention_mask(args) and args.create_attention_mask_in_dataloader,
         s3_cache_path=args.s3_cache_path,
     )
     dataset = MockGPTDataset if args.mock_data else GPTDataset

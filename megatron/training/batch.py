@@ -27,11 +27,13 @@ def get_batch_on_this_tp_rank(
 ) -> dict[str, Tensor | None]:
     """The next GPT micro-batch on every tensor-parallel rank; the first one reads, the others receive.
 
-    tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s], attention_mask bool [b, 1, s, s] or None when the
-    dataset makes none. Stages get what they need: the first no labels, the last no tokens, those between the mask alone.
-    All ranks of the group call.
+    tokens, labels, position_ids int64 [b, s], loss_mask float32 [b, s], attention_mask bool [b, 1, s, s], or None where it
+    would only say "look left". With `--reset-attention-mask` and a dataset that makes no masks it is made here, from the
+    tokens. Stages get what they need: the first no labels, the last no tokens, those between the mask alone. All ranks of
+    the group call.
     """
-    args = (ctx or get_context()).args
+    ctx = ctx or get_context()
+    args, documents_apart = ctx.args, makes_attention_mask(ctx.args)
     first = parallel_state.is_pipeline_first_stage()
     last = parallel_state.is_pipeline_last_stage()
     wanted = _ALL if first and last else _FIRST_STAGE if first else _LAST_STAGE if last else _MIDDLE_STAGE
@@ -40,10 +42,13 @@ def get_batch_on_this_tp_rank(
     if reads:
         data = next(data_iterator)
         for key in wanted:
-            if data.get(key) is not None:
-                batch[key] = data[key].to(
-                    device.current(), dtype=_DTYPES.get(key, torch.int64), non_blocking=True
-                )
+            value = data.get(key)
+            if value is None or (key == "attention_mask" and not documents_apart and _is_causal(value)):
+                continue
+            batch[key] = value.to(device.current(), dtype=_DTYPES.get(key, torch.int64), non_blocking=True)
+        if documents_apart and batch["attention_mask"] is None:
+            tokens = data["tokens"].to(device.current(), non_blocking=True)
+            batch["attention_mask"] = document_attention_mask(tokens, ctx.tokenizer.eod)[:, None]
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return batch
     source = parallel_state.get_tensor_model_parallel_src_rank()
@@ -51,7 +56,7 @@ def get_batch_on_this_tp_rank(
     shape = (args.micro_batch_size, args.seq_length)
     for key in wanted:
         if key == "attention_mask":
-            if not makes_attention_mask(args):
+            if not documents_apart:
                 continue
             size: tuple[int, ...] = (args.micro_batch_size, 1, args.seq_length, args.seq_length)
         else:
@@ -75,7 +80,13 @@ def get_fields_on_this_tp_rank(data_iterator: Any, keys: Sequence[str]) -> dict[
 
 def makes_attention_mask(args: Any) -> bool:
     """Whether micro-batches carry an attention mask: only where it says more than "look left"."""
-    return bool(args.reset_attention_mask and args.create_attention_mask_in_dataloader)
+    return bool(args.reset_attention_mask)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    """Whether mask bool [b or 1, 1, s, s] only hides what comes later, as attention does without one, and faster."""
+    length = mask.shape[-1]
+    return bool((mask == ~torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()).all())
 
 
 def get_batch_on_this_cp_rank(batch: dict[str, Tensor | None]) -> dict[str, Tensor | None]:

@@ -121,6 +121,15 @@ def test_packed_documents_are_padding_to_the_package(wrappers: Any) -> None:
     assert attention.call == {"attn_mask_type": "causal"}
 
 
+def test_a_given_mask_is_looked_at(wrappers: Any) -> None:
+    attention = wrappers.TEDotProductAttention(config(), 1, AttnMaskType.causal, "self")
+    q = torch.ones(5, 1, 4, 8)
+    attention(q, q, q, torch.ones(5, 5, dtype=torch.bool), AttnMaskType.causal)
+    assert attention.call == {"attn_mask_type": "arbitrary"}
+    attention(q, q, q, None, AttnMaskType.padding)
+    assert attention.call == {"attn_mask_type": "padding"}
+
+
 H100 = Capabilities((9, 0), "H100", torch.__version__, {"transformer_engine": "2.4"})
 
 

@@ -120,7 +120,12 @@ CASES = {
     "documents tp2": (2, 2, DOCUMENTS, "--tensor-model-parallel-size 2"),
     "documents pp4": (4, 1, DOCUMENTS, "--pipeline-model-parallel-size 4"),
     "documents cp2": (2, 1, DOCUMENTS, "--context-parallel-size 2"),
+    "documents cp2 all-to-all": (2, 1, DOCUMENTS, "--context-parallel-size 2 --context-parallel-algo a2a"),
     "documents tp2 x pp2": (4, 2, DOCUMENTS, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "documents tp2 x pp2, masks of the device": (
+        4, 2, DOCUMENTS,
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --no-create-attention-mask-in-dataloader",
+    ),
     "experts ep2": (2, 1, EXPERTS, "--expert-model-parallel-size 2"),
     "experts ep2 + distopt": (2, 1, EXPERTS, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
     "experts tp2+sp x ep2": (

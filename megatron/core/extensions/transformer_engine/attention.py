@@ -77,6 +77,8 @@ class TEDotProductAttention(te.pytorch.DotProductAttention):
         if packed.get("qkv_format") == "thd" and not mask_type.startswith("padding"):
             # documents of different lengths are padding to TransformerEngine
             mask_type = "padding_causal" if mask_type == "causal" else "padding"
+        elif attention_mask is not None and mask_type == "causal":
+            mask_type = "arbitrary"  # with "causal" the package would not look at the mask
         return super().forward(query, key, value, attention_mask, attn_mask_type=mask_type, **packed)
 
 
