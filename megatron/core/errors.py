@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def explain(subject: str, why: str, fix: str | None = None) -> str:
     """The one sentence form of every user-facing error: `<subject>: <why>. Fix: <fix>.`"""
@@ -20,6 +22,10 @@ class MegatronError(Exception):
     def __init__(self, subject: str, why: str, fix: str | None = None) -> None:
         super().__init__(explain(subject, why, fix))
         self.subject, self.why, self.fix = subject, why, fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors of worker processes are pickled on their way to the one that reports them."""
+        return type(self), (self.subject, self.why, self.fix)
 
 
 class ConfigError(MegatronError, ValueError):
@@ -42,6 +48,10 @@ class DataError(MegatronError):
 
 class InvariantError(ConfigError, AssertionError):
     """A ConfigError where v0.9 asserts, so that callers who catch AssertionError there keep working."""
+
+
+class ScheduleError(ConfigError, RuntimeError):
+    """A ConfigError where v0.9 raises RuntimeError, for the same reason."""
 
 
 class TrainingError(MegatronError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -98,6 +99,43 @@ def loader(dataset: Any, dataloader_type: str = "single", consumed: int = 0, wor
 def test_loader_yields_the_sampler_s_batches_in_order(workers: int) -> None:
     batches = [batch.tolist() for batch in loader(Numbers(), consumed=4, workers=workers)]
     assert batches == [[6, 7], [10, 11], [14, 15], [18, 19]]
+
+
+class Fields(Numbers):
+    """Samples of several fields of different sizes and kinds."""
+
+    def __getitem__(self, idx: int) -> Any:  # type: ignore[override]
+        return {
+            "dataset_id": numpy.int16(idx % 3),
+            "tokens": torch.arange(3) + idx,
+            "mask": torch.tensor([idx % 2 == 0] * 5),
+            "weights": numpy.full((2, 1), idx, dtype=numpy.float32),
+            "truncated": idx,
+        }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_of_worker_processes_are_those_of_the_main_process(workers: int) -> None:
+    here, there = list(loader(Fields())), list(loader(Fields(), workers=workers))
+    assert len(here) == len(there) == 5
+    for expected, batch in zip(here, there):
+        assert type(batch) is dict and list(batch) == list(expected)
+        for name, values in expected.items():
+            assert batch[name].dtype == values.dtype and torch.equal(batch[name], values), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_in_a_sample_arrives_as_it_was_raised(workers: int) -> None:
+    class Damaged(Numbers):
+        def __getitem__(self, idx: int) -> torch.Tensor:
+            if idx == 7:
+                raise DataError("data.bin", "is damaged", "copy it again")
+            return super().__getitem__(idx)
+
+    batches = iter(loader(Damaged(), workers=workers))
+    assert next(batches).tolist() == [2, 3]
+    with pytest.raises(DataError, match=r"^data.bin: is damaged. Fix: copy it again.$"):
+        next(batches)
 
 
 def test_loader_of_nothing_and_of_external_data() -> None:

@@ -107,6 +107,20 @@ def test_special_tokens_in_text_stay_text(tmp_path: Path) -> None:
     assert document.count(end) == 1 and document[-1] == end
 
 
+def test_what_a_worker_finds_wrong_with_a_file_is_said_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("[PAD]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a b"}])
+    flags = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file", vocabulary, "--workers", 1]
+    run("--input", path, *flags, "--output-prefix", tmp_path / "out", expect=1)
+    assert capsys.readouterr().err == (
+        f"preprocess_data.py: {vocabulary}: the text needs [UNK], which the vocabulary does not have. "
+        "Fix: add a line [UNK] to the vocabulary.\n"
+    )
+
+
 def test_a_dying_worker_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
