@@ -116,20 +116,20 @@ def blend_datasets(
     ends = numpy.empty_like(begins)
     lanes = numpy.arange(first_steps.size)
     while lanes.size:
-        taken = begins[:, lanes].copy()
+        taken = begins[lanes]
         chosen, numbers = _walk_blend(weights, first_steps[lanes], taken, steps, limits)
-        dataset_index[lanes], sample_index[lanes], ends[:, lanes] = chosen.T, numbers.T, taken
-        lanes = numpy.flatnonzero((ends[:, :-1] != begins[:, 1:]).any(axis=0)) + 1
-        begins[:, lanes] = ends[:, lanes - 1]
+        dataset_index[lanes], sample_index[lanes], ends[lanes] = chosen.T, numbers.T, taken
+        lanes = numpy.flatnonzero((ends[:-1] != begins[1:]).any(axis=1)) + 1
+        begins[lanes] = ends[lanes - 1]
     return dataset_index.reshape(-1)[:size], sample_index.reshape(-1)[:size]
 
 
 def _expected_taken(weights: numpy.ndarray, steps: numpy.ndarray) -> numpy.ndarray:
-    """About how many samples of each dataset precede each of `steps`: float64 [n, lanes], exact at step 0."""
-    shares = weights[:, None] * steps
+    """About how many samples of each dataset precede each of `steps`: float64 [lanes, n], exact at step 0."""
+    shares = steps[:, None] * weights
     taken = numpy.floor(shares)
-    by_remainder = numpy.argsort(numpy.argsort(taken - shares, axis=0, kind="stable"), axis=0)
-    return taken + (by_remainder < steps - taken.sum(axis=0))
+    by_remainder = numpy.argsort(numpy.argsort(taken - shares, axis=1, kind="stable"), axis=1)
+    return taken + (by_remainder < steps[:, None] - taken.sum(axis=1, keepdims=True))
 
 
 def _walk_blend(
@@ -139,20 +139,24 @@ def _walk_blend(
     steps: int,
     limits: numpy.ndarray | None,
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Walk lanes side by side: choices int16 and their numbers int64, both [steps, lanes]; updates `taken`."""
+    """Walk lanes side by side: choices int16 and their numbers int64, both [steps, lanes].
+
+    Updates `taken`, float64 [lanes, n] and contiguous: the search for the furthest then runs along memory.
+    """
     lanes = first_steps.size
     chosen = numpy.empty((steps, lanes), dtype=numpy.int16)
     numbers = numpy.empty((steps, lanes), dtype=numpy.int64)
     lags = numpy.empty_like(taken)
-    lane, flat = numpy.arange(lanes), taken.reshape(-1)
+    first_cell, flat = numpy.arange(lanes) * weights.size, taken.reshape(-1)
     for step in range(steps):
-        numpy.multiply(weights[:, None], numpy.maximum(first_steps + step, 1).astype(numpy.float64), out=lags)
+        position = numpy.maximum(first_steps + step, 1).astype(numpy.float64)
+        numpy.multiply(position[:, None], weights, out=lags)
         lags -= taken
         if limits is not None:
-            lags[taken >= limits[:, None]] = -numpy.inf
-        furthest = lags.argmax(axis=0)
+            lags[taken >= limits] = -numpy.inf
+        furthest = lags.argmax(axis=1)
         chosen[step] = furthest
-        cells = furthest * lanes + lane
+        cells = first_cell + furthest
         numbers[step] = counts = flat.take(cells)
         flat.put(cells, counts + 1)
     return chosen, numbers
