@@ -16,34 +16,26 @@ BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 
 def made_with(record: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in record["packages"].items())
-    return f"`{record['command']}`, {record['cores']} cores, Python {record['python']}, {packages}."
+    return f"`{record['command']}`, {record['cores']} cores ({record['processor']}), Python {record['python']}, {packages}."
 
 
 def preprocess_table(record: dict[str, Any]) -> list[str]:
     lines = [
-        "| tokenizer | workers | MiB/s | x v0.9 | by processor time: MiB/s | x pure Python | load average |",
+        "| tokenizer | workers | MiB/s | x v0.9 | MiB/s of processor time | alone, MiB/s of processor time | load average |",
         "|---|---|---|---|---|---|---|",
     ]
-    alone = record["encoders alone, MiB/s of processor time"]
     for row in record["runs"]:
-        processor = row["MiB/s of processor time"]
-        python = processor / alone[row["tokenizer"]]["pure Python"]
+        rates = record["encoders alone, MiB/s of processor time"][row["tokenizer"]]
+        alone = ", ".join(f"{encoder} {number}" for encoder, number in rates.items())
         lines.append(
-            f"| {row['tokenizer']} | {row['workers']} | {row['MiB/s']} | {row['times v0.9']} | {processor} "
-            f"| {python:.1f} | {row['load average']} |"
+            f"| {row['tokenizer']} | {row['workers']} | {row['MiB/s']} | {row['times v0.9']} "
+            f"| {row['MiB/s of processor time']} | {alone} | {row['load average']} |"
         )
-    engines = [
-        f"{rival} {number}"
-        for rates in alone.values()
-        for rival, number in rates.items()
-        if rival != "pure Python"
-    ]
     return [
-        f"{record['text MiB']} MiB of text, whole process with start-up. {made_with(record)}",
+        f"{record['text MiB']} MiB of text, whole process with start-up, beside encoders alone (one thread, no files, no "
+        f"start-up). {made_with(record)}",
         "",
         *lines,
-        "",
-        f"Engines alone, one thread, no files, MiB/s of processor time: {', '.join(engines)}.",
     ]
 
 
@@ -51,7 +43,10 @@ def dataset_table(record: dict[str, Any]) -> list[str]:
     lines = ["| | result | load average |", "|---|---|---|"]
     for row in record["results"]:
         numbers = {name: value for name, value in row.items() if name not in ("what", "load average")}
-        result = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in numbers.items())
+        result = ", ".join(
+            f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:,}'}"
+            for name, value in numbers.items()
+        )
         lines.append(f"| {row['what']} | {result} | {row['load average']} |")
     return [made_with(record), "", *lines]
 

@@ -3,9 +3,10 @@
     python benchmarks/datasets.py                # all, at sizes of a real corpus
     python benchmarks/datasets.py --only loader  # one of: indices large blend files loader
 
-`indices` compares with the same walk in plain Python on a part of the data, in the same run. `loader` reads samples as
-training does and, given the time of a training step, says what share of it waiting for data would be. `--json FILE`
-keeps the numbers with what they were measured with.
+`indices` compares with the same walk in plain Python on a part of the data, in the same run, and with what v0.9's
+compiled helper took (measured once on such a machine). `loader` reads samples as training does and, given the time of a
+training step, says what share of it waiting for data would be. `--json FILE` keeps the numbers with what they were
+measured with.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -26,22 +26,27 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy
 import torch
+from surroundings import surroundings
 
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.index_builder import blend_datasets, build_sample_idx
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.training.data_samplers import build_data_loader
 
 SEQUENCE = 2048
+V09_SECONDS = {1: "0.13-0.23", 3: "0.31-0.56"}  # by epochs
 MIB = 1 << 20
 results: list[dict[str, Any]] = []
 
 
-def report(what: str, **numbers: float) -> None:
+def report(what: str, **numbers: float | str) -> None:
     """Print one result and keep it, with the load that other programs put on the machine."""
     load = round(os.getloadavg()[0], 1)
-    listed = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in numbers.items())
+    listed = ", ".join(
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:,}'}"
+        for name, value in numbers.items()
+    )
     print(f"{what}: {listed} (load average {load})", flush=True)
     results.append({"what": what, **numbers, "load average": load})
 
@@ -134,6 +139,7 @@ def bench_indices(directory: str) -> None:
             f"all indices of {lengths.size:,} documents, {tokens:,} tokens, {epochs} epoch(s)",
             samples=count,
             s=round(seconds, 2),
+            v09_s=V09_SECONDS[epochs],
         )
 
 
@@ -162,17 +168,19 @@ def bench_blend(directory: str) -> None:
 
 
 def bench_files(directory: str) -> None:
-    """A blend of 2,500 files: opened and built, then opened from the cache."""
+    """A blend of 2,500 files: opened, its indices built, and opened with its indices from the cache."""
     prefixes = [os.path.join(directory, f"part{i:04d}") for i in range(2500)]
     for i, prefix in enumerate(prefixes):
         write_corpus(prefix, 40, 300, seed=i)
     weights = [1.0] * len(prefixes)
+    _, seconds = timed(lambda: [IndexedDataset(prefix) for prefix in prefixes])
+    report(f"{len(prefixes):,} files opened one after the other", s=round(seconds, 1))
 
     def build() -> Any:
         blend = config(prefixes, os.path.join(directory, "cache"), weights)
         return BlendedMegatronDatasetBuilder(GPTDataset, (10_000, 0, 0), lambda: True, blend).build()[0]
 
-    for what in ("built", "from the cache"):
+    for what in ("opened and its indices built", "opened with its indices"):
         dataset, seconds = timed(build)
         report(f"blend of {len(prefixes):,} files {what}", s=round(seconds, 1), samples=len(dataset))
 
@@ -231,13 +239,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as directory:
                 part(directory)
     if args.json is not None:
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "packages": {"numpy": numpy.__version__, "torch": torch.__version__},
-            "results": results,
-        }
+        record = {**surroundings(["numpy", "torch"]), "results": results}
         with open(args.json, "w", encoding="utf-8") as file:
             file.write(json.dumps(record, indent=1) + "\n")
 

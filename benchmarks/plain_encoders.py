@@ -1,6 +1,6 @@
 """The encoders as tools/preprocess_data.py had them before: pure Python, one word after the other.
 
-The yardstick of benchmarks/preprocess.py, timed in the same run as the tool. Each takes the folder of a vocabulary and
+A yardstick of benchmarks/preprocess.py, timed in the same run as the tool. Each takes the folder of a vocabulary and
 gives a function from a text to its ids.
 """
 
@@ -118,29 +118,5 @@ def wordpiece(folder: Path) -> Callable[[str], list[int]]:
                 start = end
             ids.extend(vocab[piece] for piece in pieces)
         return ids
-
-    return encode
-
-
-def sentencepiece(folder: Path) -> Callable[[str], list[int]]:
-    """SentencePiece's: for every special token the text is searched for it, the rest goes to the engine."""
-    import sentencepiece as engine
-
-    model = engine.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    special = {name: len(model) + i for i, name in enumerate(("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>"))}
-    special |= {name: model.piece_to_id(name) for name in ("<s>", "</s>")}
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = []
-        position = 0
-        while True:
-            found = {name: text.find(name, position) for name in special}
-            found = {name: place for name, place in found.items() if place >= 0}
-            if not found:
-                return ids + model.encode_as_ids(text[position:])
-            name = min(found, key=found.__getitem__)
-            ids.extend(model.encode_as_ids(text[position : found[name]]))
-            ids.append(special[name])
-            position = found[name] + len(name)
 
     return encode

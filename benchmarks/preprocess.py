@@ -1,12 +1,12 @@
 """Rates of tools/preprocess_data.py, whole process with start-up, on text made from this machine's Python sources.
 
-    python benchmarks/preprocess.py                  # 300 MB, about ten minutes
+    python benchmarks/preprocess.py                  # 300 MB, about five minutes
     python benchmarks/preprocess.py --megabytes 30 --tokenizers gpt2
 
 In one run it compares the tool with one and with two workers; its rate over v0.9's (measured once on a quiet two-core
-machine: constants below), and over pure-Python encoders timed here (plain_encoders.py), by processor time, which other
-programs disturb least; and the HuggingFace encoder alone, in this process, on one thread, without reading or writing
-files. `--json FILE` keeps the numbers with what they were measured with.
+machine: constants below); and, alone, in this process, on one thread, without reading or writing files, HuggingFace's
+encoder or the engine itself, and pure-Python encoders (plain_encoders.py). Those are timed by processor time, which
+other programs disturb least, as the tool is besides. `--json FILE` keeps the numbers with what they were measured with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -22,12 +21,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import plain_encoders
+from surroundings import surroundings
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -146,7 +145,7 @@ class Case:
     rival_name: str
     flags: Callable[[Path], list[str]]
     rival: Callable[[Path], Callable[[list[str]], object]]
-    plain: Callable[[Path], Callable[[str], list[int]]]
+    plain: Callable[[Path], Callable[[str], list[int]]] | None = None
 
 
 CASES = {
@@ -177,7 +176,6 @@ CASES = {
             *("--tokenizer-model", str(folder / "tokenizer.model"), "--append-eod"),
         ],
         sentencepiece_engine,
-        plain_encoders.sentencepiece,
     ),
 }
 
@@ -200,6 +198,16 @@ def measure(name: str, workers: int, corpus: Path, folder: Path, size: float) ->
         "wanted with one worker": TARGET_RATIO[name],
         "load average": round(os.getloadavg()[0], 1),
     }
+
+
+def alone(case: Case, corpus: Path, folder: Path) -> dict[str, float]:
+    """MiB per second of the encoders that the tool is compared with."""
+    rates = {case.rival_name: round(rate(case.rival(folder), corpus, RIVAL_MEGABYTES), 1)}
+    if case.plain is not None:
+        encode = case.plain(folder)
+        python = rate(lambda texts: [encode(text) for text in texts], corpus, PLAIN_MEGABYTES)
+        rates["pure Python"] = round(python, 2)
+    return rates
 
 
 def main() -> None:
@@ -230,23 +238,15 @@ def main() -> None:
                     flush=True,
                 )
                 rows.append(row)
-            rival = rate(case.rival(folder), corpus, RIVAL_MEGABYTES)
-            plain = case.plain(folder)
-            python = rate(lambda texts, plain=plain: [plain(text) for text in texts], corpus, PLAIN_MEGABYTES)
-            beside[name] = {case.rival_name: round(rival, 1), "pure Python": round(python, 2)}
-            print(
-                f"{'':13} alone, one thread, no files: {case.rival_name} {rival:.1f}, pure Python {python:.2f} MiB/s",
-                flush=True,
-            )
+            beside[name] = alone(case, corpus, folder)
+            listed = ", ".join(f"{encoder} {number}" for encoder, number in beside[name].items())
+            print(f"{'':13} alone, one thread, no files: {listed} MiB/s", flush=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest process: {peak:.0f} MiB resident")
     if args.json is not None:
         record = {
-            "command": " ".join(["python", *sys.argv]),
+            **surroundings(PACKAGES),
             "text MiB": round(size),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "packages": {package: version(package) for package in PACKAGES},
             "runs": rows,
             "encoders alone, MiB/s of processor time": beside,
             "largest process MiB": round(peak),
