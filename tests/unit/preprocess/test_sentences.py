@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def test_punkt_gives_the_recorded_sentences() -> None:
     recorded = (DATA / "corpus_ss.jsonl").read_text(encoding="utf-8").splitlines()
     for text, expected in zip(texts, recorded, strict=True):
         assert split(json.loads(text)["text"]) == json.loads(expected)["text"]
+
+
+@pytest.mark.usefixtures("models")
+def test_kept_whitespace_is_the_recorded() -> None:
+    split = build_splitter("punkt", "english", keep_newlines=True)
+    texts = (DATA / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = "".join(json.dumps({"text": split(json.loads(text)["text"])}) + "\n" for text in texts)
+    recorded = json.loads((DATA / "preprocess_sha256.json").read_text(encoding="utf-8"))
+    assert hashlib.sha256(lines.encode("utf-8")).hexdigest() == recorded["corpus_ss_keepnl.jsonl"]
 
 
 @pytest.mark.usefixtures("models")
