@@ -64,12 +64,14 @@ def test_inspection(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     assert ids == "ids: 7919 42649 70000" and "text: '7919 42649 70000'" in lines
 
 
-def test_inspection_of_recorded_lengths() -> None:
+def test_inspection_of_recorded_lengths(tmp_path: Path) -> None:
     dataset = inspect_data.IndexedDataset("bin/gpt_text_document")
     lengths = inspect_data.document_lengths(dataset)
     assert lengths.size == 313 and lengths.sum() == 61031
     bars = inspect_data.histogram(lengths)[1:]
     assert sum(int(line.split()[3].replace(",", "")) for line in bars) == 313
+    inspect_data.draw_histogram(lengths, str(tmp_path / "lengths.png"))
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_cache_prepared_for_a_large_run_is_what_a_later_run_finds(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -287,6 +288,20 @@ def test_config_errors_name_the_option(tmp_path: Path) -> None:
         gpt_config("a", reset_position_ids=None)
     with pytest.raises(ConfigError, match="weighted blend needs the size"):
         build(gpt_config("", blend=(["a", "b"], [0.5, 0.5])), (1, None, 1))
+
+
+def test_samples_from_object_storage_are_those_of_the_files(tmp_path: Path) -> None:
+    local = write_documents(tmp_path / "data", np.arange(1, 121).reshape(12, 10).tolist())
+    filesystem = fsspec.filesystem("memory")
+    for ending in (".bin", ".idx"):
+        filesystem.pipe_file(f"/bucket/data{ending}", Path(local + ending).read_bytes())
+    from_files = build(gpt_config(local, split="1"))[0]
+    changes = {"split": "1", "s3_cache_path": str(tmp_path / "idx")}
+    from_store = build(gpt_config("memory://bucket/data", tmp_path / "cache", **changes))[0]
+    assert (tmp_path / "idx" / "bucket" / "data.idx").read_bytes() == Path(f"{local}.idx").read_bytes()
+    assert len(from_store) == len(from_files)
+    for number in range(len(from_files)):
+        assert torch.equal(from_store[number]["tokens"], from_files[number]["tokens"])
 
 
 def test_drawing_directly_from_indices(tmp_path: Path) -> None:
