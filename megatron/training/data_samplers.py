@@ -105,7 +105,10 @@ class _WorkerLoader(DataLoader):
 def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, MegatronError):
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # else the error would keep itself, by its traceback, and with it the workers
         yield batch
 
 
