@@ -2,7 +2,7 @@
 BIN ?= .venv/bin/
 QUICK := not slow and not gpu and not te and not flash_attn and not network
 
-.PHONY: help setup test test-fast test-slow test-gpu lint format docs first-light
+.PHONY: help setup test test-fast test-slow test-gpu gpu lint format docs first-light
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14

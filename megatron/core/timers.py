@@ -235,8 +235,10 @@ class Timers:
     @staticmethod
     def _extremes(names: Sequence[str], times: Tensor) -> dict[str, tuple[float, float]]:
         """(min, max) over the ranks on which the timer ran, for names that ran anywhere."""
-        ran = ((name, column[column > 0.0]) for name, column in zip(names, times.T))
-        return {name: (column.min().item(), column.max().item()) for name, column in ran if column.numel()}
+        ran = (
+            (name, [time for time in column if time > 0.0]) for name, column in zip(names, times.T.tolist())
+        )
+        return {name: (min(column), max(column)) for name, column in ran if column}
 
     @staticmethod
     def _every_rank(names: Sequence[str], times: Tensor) -> str | None:

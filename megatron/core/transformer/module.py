@@ -27,6 +27,7 @@ class MegatronModule(torch.nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self._microbatch_counters: list[torch.nn.Module] | None = None
 
     def state_dict_for_save_checkpoint(self, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
         """The state dict as it is written to a checkpoint; a module overrides this to leave something out."""
@@ -49,9 +50,10 @@ class MegatronModule(torch.nn.Module):
 
     def set_is_first_microbatch(self) -> None:
         """Tell modules that cache a transformed weight that the weights have just changed."""
-        for module in self.modules():
-            if hasattr(module, "is_first_microbatch"):
-                module.is_first_microbatch = True  # type: ignore[assignment]
+        if self._microbatch_counters is None:  # looked for once: a deep model has thousands of modules
+            self._microbatch_counters = [m for m in self.modules() if hasattr(m, "is_first_microbatch")]
+        for module in self._microbatch_counters:
+            module.is_first_microbatch = True  # type: ignore[assignment]
 
 
 def conversion_helper(val: Any, conversion: Callable[[Tensor], Tensor]) -> Any:

@@ -55,15 +55,18 @@ def adapt_weights(
     """`weights` under the names that a model with the state-dict keys `wanted` expects.
 
     `heads` is the number of attention heads on this tensor-parallel rank, needed for `version` < 2.0 whose query,
-    key and value rows come in another order. Extra states are dropped or filled with None: they hold nothing
-    here. Names that match nothing are left for the model to report.
+    key and value rows come in another order. Of extra states the scales of fp8 layers are kept, which are plain numbers;
+    another library's bytes are dropped, and absent ones are None. Names that match nothing are left for the model to
+    report.
     """
     wanted = list(wanted)
     if is_nested_layout(weights):
         weights = _from_nested(weights, wanted)
         if version < 2.0:
             weights = {name: _reorder(name, value, version, heads) for name, value in weights.items()}
-    adapted = {name: value for name, value in weights.items() if not _EXTRA_STATE.search(name)}
+    adapted = {
+        name: value for name, value in weights.items() if not _EXTRA_STATE.search(name) or _is_scales(value)
+    }
     for name in wanted:
         if name in adapted:
             continue
@@ -74,6 +77,10 @@ def adapt_weights(
                 if name not in adapted and other != name and other in adapted:
                     adapted[name] = adapted.pop(other)
     return adapted
+
+
+def _is_scales(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _from_nested(weights: dict[str, Any], wanted: list[str]) -> dict[str, Any]:

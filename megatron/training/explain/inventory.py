@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron.core.fusions.blocked_attention import QUERIES_PER_BLOCK
 from megatron.training.explain.parameters import Chunk
 from megatron.training.explain.workload import Workload
 
-#: Queries per block of the CPU's attention kernel, which keeps whole blocks of a causal matrix.
-_BLOCK = 128
 _SMALL_LOGITS = 1 << 20
 
 Gemm = tuple[float, float, float]
@@ -106,8 +105,8 @@ def _attention(w: Workload, rows: float, queries: int, keys: int, causal: bool) 
         kept, flops, moved = 4 * rows * heads, 4 * pairs * half * w.head, 3 * out
         if w.on_cpu:  # plain torch goes over the scores of a block several times
             moved += pairs * half * 8 * e
-    elif w.attention == "blocked":
-        half = min(1.0, (1 + _BLOCK / queries) / 2) if causal else 1.0
+    elif w.attention == "blocked":  # whole blocks of a causal matrix are kept
+        half = min(1.0, (1 + QUERIES_PER_BLOCK[e] / queries) / 2) if causal else 1.0
         kept, flops = pairs * half * (e + w.attention_dropout), 4 * pairs * half * w.head
         moved = pairs * half * 4 * e
     else:
