@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -117,6 +118,7 @@ def _forget_everything() -> None:
     shell = sys.modules.get("megatron.training.global_vars")
     if shell is not None:
         shell.destroy_global_vars()
+    gc.collect()  # models and their groups are in cycles; their threads and memory would pile up
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
