@@ -228,8 +228,8 @@ class OptimizerParamScheduler:
         return learning_rate(
             self.num_steps,
             init_lr=self.init_lr,
-            max_lr=param_group.get("max_lr", self.max_lr),
-            min_lr=param_group.get("min_lr", self.min_lr),
+            max_lr=self.max_lr if param_group.get("max_lr") is None else param_group["max_lr"],
+            min_lr=self.min_lr if param_group.get("min_lr") is None else param_group["min_lr"],
             warmup_steps=self.lr_warmup_steps,
             decay_steps=self.lr_decay_steps,
             style=self.lr_decay_style,

@@ -151,6 +151,11 @@ def set_random_seed(seed: int, data_parallel_random_init: bool = False) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
+def _set_random_seed(seed_: int, data_parallel_random_init: bool = False) -> None:
+    """`set_random_seed` as v0.9's users know it."""
+    set_random_seed(seed_, data_parallel_random_init)
+
+
 def write_args_to_tensorboard() -> None:
     """Every argument as a TensorBoard text, at the iteration of `args.iteration`."""
     context = get_context()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.core import device
+from megatron.core.errors import InvariantError
 from megatron.core.kernels.registry import Spec, register, select
 
 if TYPE_CHECKING:
@@ -123,10 +124,12 @@ class FusedScaleMaskSoftmax(nn.Module):
     ) -> None:
         super().__init__()
         if input_in_fp16 and input_in_bf16:
-            raise ValueError("scores are declared both fp16 and bf16")
+            raise InvariantError(
+                "input_in_fp16 and input_in_bf16", "scores have one dtype", "set one of them"
+            )
         if scale is not None and not softmax_in_fp32:
-            raise ValueError(
-                "a scale needs softmax_in_fp32=True: the scaled scores would overflow in half precision"
+            raise InvariantError(
+                "scale", "the scaled scores would overflow in half precision", "set softmax_in_fp32=True"
             )
         self.input_in_float16 = input_in_fp16 or input_in_bf16
         self.attn_mask_type = attn_mask_type
@@ -142,7 +145,7 @@ class FusedScaleMaskSoftmax(nn.Module):
     def forward(self, input: Tensor, mask: Tensor | None) -> Tensor:
         """input [b, np, sq, sk], mask bool broadcastable or None -> probabilities [b, np, sq, sk]."""
         if input.dim() != 4:
-            raise ValueError(f"attention scores are [b, np, sq, sk], not {tuple(input.shape)}")
+            raise InvariantError("attention scores", f"are [b, np, sq, sk], not {tuple(input.shape)}")
         if self.is_kernel_available(mask, *input.shape):
             return self.forward_fused_softmax(input, mask)
         return self.forward_torch_softmax(input, mask)

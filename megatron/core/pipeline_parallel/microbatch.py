@@ -119,7 +119,8 @@ def forward_step(
                 output, num_tokens, reduced = _loss(loss_func(output), num_microbatches, config)
                 forward_data_store.append(reduced)
 
-    if config.num_moe_experts is not None:
+    # Users drive schedules with a plain ModelParallelConfig too, which knows no experts.
+    if getattr(config, "num_moe_experts", None) is not None:
         # The auxiliary losses of the experts enter backward beside the main loss and need its scale.
         scale = torch.ones(1, device=output.device)
         if config.grad_scale_func is not None:

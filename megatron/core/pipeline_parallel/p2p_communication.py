@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import device, parallel_state
+from megatron.core.errors import ScheduleError
 from megatron.core.model_parallel_config import ModelParallelConfig
 
 Shape = Sequence[int] | torch.Size
@@ -209,9 +210,9 @@ def pipeline_group() -> dist.ProcessGroup:
 
 
 def pipeline_dtype(config: ModelParallelConfig) -> torch.dtype:
-    """What stages exchange; raises ValueError if the config does not say."""
+    """What stages exchange; raises ScheduleError if the config does not say."""
     if config.pipeline_dtype is None:
-        raise ValueError("config.pipeline_dtype is None: set it to the dtype that stages exchange")
+        raise ScheduleError("config.pipeline_dtype", "is None", "set it to the dtype that stages exchange")
     return config.pipeline_dtype
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import ScheduleError
 
 
 class Op(NamedTuple):
@@ -89,10 +89,10 @@ def one_f_one_b(stage: int, stages: int, microbatches: int) -> Plan:
 def interleaved_one_f_one_b(stage: int, stages: int, chunks: int, microbatches: int) -> Plan:
     """1F1B over `stages * chunks` virtual stages; microbatches advance in groups of `stages` per chunk.
 
-    Raises ConfigError if the microbatches do not divide into such groups.
+    Raises ScheduleError if the microbatches do not divide into such groups.
     """
     if microbatches % stages:
-        raise ConfigError(
+        raise ScheduleError(
             "--num-layers-per-virtual-pipeline-stage",
             f"the interleaved schedule moves microbatches in groups of {stages} (the pipeline size), "
             f"but there are {microbatches} per step",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
-from megatron.core.errors import ConfigError
+from megatron.core.errors import InvariantError, ScheduleError
 from megatron.core.pipeline_parallel import executor, p2p_communication
 from megatron.core.pipeline_parallel.microbatch import (
     Tensors,
@@ -143,13 +143,13 @@ def forward_backward_pipelining_with_interleaving(
     """Interleaved 1F1B over several chunks per stage. Arguments: see `get_forward_backward_func`."""
     chunks = list(model) if isinstance(model, Sequence) else [model]
     if get_model_type(chunks[0]) == ModelType.encoder_and_decoder:
-        raise ConfigError(
+        raise ScheduleError(
             "--num-layers-per-virtual-pipeline-stage",
             "the interleaved schedule does not know encoder-decoder models",
             "drop it, or train a model with one stack of layers",
         )
     if decoder_seq_length is not None and decoder_seq_length != seq_length:
-        raise ConfigError(
+        raise ScheduleError(
             "--decoder-seq-length",
             f"the interleaved schedule exchanges one shape, but lengths are {seq_length} and {decoder_seq_length}",
             "make the two equal, or drop --num-layers-per-virtual-pipeline-stage",
@@ -289,11 +289,15 @@ def _stages() -> int:
 
 
 def _only(value: Any, what: str) -> list[Any]:
-    """The single element of a list or the value itself, as a list; ValueError if there are several."""
+    """The single element of a list or the value itself, as a list; InvariantError if there are several."""
     if not isinstance(value, (list, tuple)):
         return [value]
     if len(value) != 1:
-        raise ValueError(f"this schedule takes one {what}, got {len(value)}: several need a virtual pipeline")
+        raise InvariantError(
+            f"this schedule takes one {what}",
+            f"it got {len(value)}, which need a virtual pipeline",
+            "pass virtual_pipeline_model_parallel_size to initialize_model_parallel",
+        )
     return list(value)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
+from megatron.core.errors import InvariantError
 from megatron.core.fusions.fused_cross_entropy import vocab_cross_entropy
 from megatron.core.process_groups_config import group_size
 
@@ -31,7 +32,7 @@ def vocab_parallel_cross_entropy(
     vocabulary, such as the -1 of padding, gives lse: a value for the loss mask to drop.
     """
     if not 0.0 <= label_smoothing < 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        raise InvariantError("label_smoothing", f"must be in [0, 1), got {label_smoothing}")
     if group is None:
         group = parallel_state.resolve(None).tp
     small = vocab_parallel_logits.device.type == "cpu" and vocab_parallel_logits.numel() <= _SMALL_ELEMENTS

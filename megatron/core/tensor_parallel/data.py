@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron.core import device, parallel_state
+from megatron.core.errors import InvariantError
 
 #: Dimensions a broadcast tensor may have.
 _MAX_DIMS = 5
@@ -34,10 +35,12 @@ def broadcast_data(
             raise ValueError("broadcast_data: the first tensor-parallel rank has no data to broadcast")
         for key in keys:
             if data[key].dtype != datatype:
-                raise ValueError(f"broadcast_data: {key} has dtype {data[key].dtype}, expected {datatype}")
+                raise InvariantError(
+                    f"broadcast_data: {key}", f"has dtype {data[key].dtype}, expected {datatype}"
+                )
             if data[key].dim() > _MAX_DIMS:
-                raise ValueError(
-                    f"broadcast_data: {key} has {data[key].dim()} dimensions, at most {_MAX_DIMS}"
+                raise InvariantError(
+                    f"broadcast_data: {key}", f"has {data[key].dim()} dimensions, at most {_MAX_DIMS}"
                 )
         if group.size() == 1:
             return {key: data[key].to(device.current()) for key in keys}

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from megatron.core.errors import InvariantError
 from megatron.core.transformer.moe.aux_losses import (
     MoEAuxLossAutoScaler,
     clear_aux_losses_tracker,
@@ -89,9 +90,8 @@ def topk_softmax_with_capacity(
         probs, indices = torch.topk(scores, k=topk, dim=1)
     else:
         if topk == 1:
-            raise ValueError(
-                "moe_router_topk=1 needs moe_router_pre_softmax (--moe-router-pre-softmax): "
-                "a softmax over one expert is always 1"
+            raise InvariantError(
+                "--moe-router-topk 1", "a softmax over one expert is always 1", "add --moe-router-pre-softmax"
             )
         chosen, indices = torch.topk(logits, k=topk, dim=1)
         probs = torch.softmax(chosen, dim=-1, dtype=wide).type_as(logits)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.errors import InvariantError
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import (
@@ -75,8 +76,10 @@ class TopKRouter(Router):
         otherwise.
         """
         if self.config.moe_aux_loss_coeff:
-            raise ValueError(
-                "sinkhorn balances by itself: leave moe_aux_loss_coeff at 0 (--moe-aux-loss-coeff) or choose aux_loss"
+            raise InvariantError(
+                "--moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff",
+                "sinkhorn balances by itself and takes no auxiliary loss",
+                "leave the coefficient at 0, or choose aux_loss",
             )
 
         def scores_of(logits: Tensor) -> Tensor:

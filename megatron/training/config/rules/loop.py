@@ -129,6 +129,13 @@ def uneven_layers_divide(args: Any) -> bool:
     return not given or (min(given) >= 0 and (rest == 0 if middle <= 0 else rest >= 0 and rest % middle == 0))
 
 
+@rule(TRAINING, "--num-experts", "--tensor-model-parallel-size", "--sequence-parallel",
+      bad="--num-experts 4 --moe-router-topk 2 --tensor-model-parallel-size 2",
+      why="each tensor parallel rank must route tokens of its own to train experts", fix="add --sequence-parallel")
+def training_experts_needs_own_tokens(args: Any) -> bool:
+    return args.num_experts is None or args.tensor_model_parallel_size == 1 or args.sequence_parallel
+
+
 @rule(TRAINING, "--eval-interval", bad="--eval-interval 0", why="evaluations every {a.eval_interval} steps never come",
       fix="give 1 or more; --eval-iters 0 switches evaluation off")
 def evaluation_interval_is_positive(args: Any) -> bool:
