@@ -26,6 +26,7 @@ from megatron.training import training
 from megatron.training.global_vars import get_args
 from megatron.training.utils import unwrap_model
 from tests.gang.model_runs import piece_of
+from tests.runs.routing import Rerouted, Routes, Routing
 
 Tensors = dict[str, Tensor]
 
@@ -70,6 +71,7 @@ class Observed:
     zeros: list[float] = field(default_factory=list)
     #: Per step, elements of gradients that are zero but for rounding.
     almost_zeros: list[int] = field(default_factory=list)
+    routes: Routes = field(default_factory=dict)
 
 
 def observe(argv: list[str], script: str = "pretrain_gpt", dtype: torch.dtype | None = None) -> Observed:
@@ -102,9 +104,10 @@ def observe(argv: list[str], script: str = "pretrain_gpt", dtype: torch.dtype | 
         plain = unwrap_model(model)[0]
         seen.final = {n: p.detach().clone() for n, p in plain.named_parameters()}
 
-    with _watched(script, dtype, on_model, on_gradients, on_update) as losses:
+    routing = Routing()
+    with _watched(script, dtype, on_model, on_gradients, on_update) as losses, routing.follow():
         run_script(argv, script)
-    seen.token_losses = losses.steps()
+    seen.token_losses, seen.routes = losses.steps(), routing.routes
     return seen
 
 
@@ -117,6 +120,7 @@ class Difference:
     token_loss: tuple[float, str] = (0.0, "")
     norm: tuple[float, str] = (0.0, "")
     zeros: list[str] = field(default_factory=list)
+    rerouted: Rerouted = field(default_factory=Rerouted)
 
     def note(self, what: str, own: Tensor, expected: Tensor, where: str) -> None:
         scale = expected.abs().max().clamp_min(1e-30)
@@ -126,9 +130,16 @@ class Difference:
 
 
 def compare(
-    argv: list[str], expected: Observed, script: str = "pretrain_gpt", dtype: torch.dtype | None = None
+    argv: list[str],
+    expected: Observed,
+    script: str = "pretrain_gpt",
+    dtype: torch.dtype | None = None,
+    same_routes: bool = False,
 ) -> Difference:
-    """Body for any layout: run from `expected.initial`; this rank's largest differences from the one-process run."""
+    """Body for any layout: run from `expected.initial`; this rank's largest differences from the one-process run.
+
+    `same_routes`: tokens visit the experts they visited there.
+    """
     worst = Difference()
     step = 0
 
@@ -164,7 +175,8 @@ def compare(
                         continue
                     worst.note("parameter", param, piece_of(expected.final, chunk, name, param), name)
 
-    with _watched(script, dtype, on_model, on_gradients, on_update) as losses:
+    routing = Routing(expected.routes if same_routes else {}, rerouted=worst.rerouted)
+    with _watched(script, dtype, on_model, on_gradients, on_update) as losses, routing.follow():
         run_script(argv, script)
     for index, own in enumerate(losses.steps()):
         whole = expected.token_losses[index]

@@ -17,7 +17,7 @@ from megatron.training import training
 from megatron.training.utils import unwrap_model
 from tests.gang.harness import run_gang
 from tests.runs.pretraining import run_script
-from tests.runs.test_resume import LAYOUTS, PRECISIONS, log_of
+from tests.runs.test_resume import LAYOUTS, MATRIX, PRECISIONS, log_of
 
 SHORT = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
@@ -25,7 +25,8 @@ SHORT = (
     "--transformer-impl local --num-workers 0 --train-iters 3 --eval-iters 1 --eval-interval 2 --log-interval 1 "
     "--distributed-backend gloo --save-interval 3 --attention-dropout 0.1 --hidden-dropout 0.1 "
 )
-EVERY = [(layout, precision) for layout in LAYOUTS for precision in PRECISIONS]
+EVERY_LAYOUT = {**MATRIX, **LAYOUTS}
+EVERY = [(layout, precision) for layout in EVERY_LAYOUT for precision in PRECISIONS]
 ALWAYS = {("dp2 distopt overlap", "bf16"), ("tp2 sp", "fp32"), ("pp2 vpp2", "fp16"), ("cp2", "bf16")}
 
 
@@ -34,7 +35,7 @@ ALWAYS = {("dp2 distopt overlap", "bf16"), ("tp2 sp", "fp32"), ("pp2 vpp2", "fp1
     [pytest.param(*case, marks=[] if case in ALWAYS else [pytest.mark.slow]) for case in EVERY],
 )
 def test_the_same_command_makes_the_same_bytes(tmp_path: Path, layout: str, precision: str) -> None:
-    ranks, flags = LAYOUTS[layout]
+    ranks, flags = EVERY_LAYOUT[layout]
     argv = (SHORT + flags + PRECISIONS[precision] + "--deterministic-mode").split()
     folders = []
     for name in ("first", "second"):

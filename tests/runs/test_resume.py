@@ -13,6 +13,7 @@ import torch
 
 from megatron.core.dist_checkpointing.safe_load import load_file
 from tests.gang.harness import run_gang
+from tests.runs import test_parity as parity
 from tests.runs.pretraining import read_records, run_script
 
 STEPS, STOP = 6, 3
@@ -32,6 +33,13 @@ LAYOUTS = {
     "pp2 vpp2": (2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 "),
     "cp2": (2, "--context-parallel-size 2 "),
     "sgd cyclic": (1, "--optimizer sgd --dataloader-type cyclic "),
+}
+
+
+#: Every layout in which gradients are compared with one process, as (ranks, flags).
+MATRIX = {
+    case: (ranks, f"{model}{layout} --make-vocab-size-divisible-by {parity.VOCABULARY // tp} ")
+    for case, (ranks, tp, model, layout) in parity.CASES.items()
 }
 
 
@@ -84,6 +92,20 @@ def test_resumed_run_is_the_uninterrupted_run(
 ) -> None:
     ranks, flags = LAYOUTS[layout]
     argv = (COMMON + flags + PRECISIONS[precision] + f"--ckpt-format {ckpt_format}").split()
+    run_gang(ranks, stop_and_resume, str(tmp_path), argv)
+    assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", MATRIX)
+def test_every_layout_of_the_matrix_resumes(
+    tmp_path: Path, layout: str, precision: str, optimizer: str
+) -> None:
+    ranks, flags = MATRIX[layout]
+    ckpt_format = "" if "--ckpt-format" in flags else "--ckpt-format torch_dist"
+    argv = (COMMON + flags + PRECISIONS[precision] + f"--optimizer {optimizer} {ckpt_format}").split()
     run_gang(ranks, stop_and_resume, str(tmp_path), argv)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
 
