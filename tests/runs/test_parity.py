@@ -148,7 +148,7 @@ BF16_REORDERS_NOTHING = ("pp", "dp2", "recompute full", "llama pp2")
 
 #: In bf16 a rounding may send a token to another expert, whose output and gradients are another's. Experts are therefore
 #: compared with the routes of the one process, to the bounds of all (measured: 2.7e-2, 8.7e-4, 5.1e-3, 4.6e-4), and the
-#: routes a layout would have taken apart: 0.23% of them are others, where logits are 1.3% of the largest apart (a unit: 0.4%).
+#: routes a layout would have taken apart: 0.23% of them are others, with logits at most 1.3% of the largest apart.
 REROUTED_SHARE, REROUTED_MARGIN = 0.005, 0.02
 #: Cases before this one run in every precision, the others in fp64 and, when there is time, in the others.
 FIRST_WITH_TIME = list(CASES).index("two groups tp4")
