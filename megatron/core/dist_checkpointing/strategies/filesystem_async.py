@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,37 @@ class Written:
     length: int
 
 
-def own_copy(data: torch.Tensor, always: bool) -> torch.Tensor:
-    """`data` on the CPU without the rest of a buffer that it may be a view of; a copy if `always`."""
+def own_data(data: torch.Tensor) -> torch.Tensor:
+    """`data` on the CPU without the rest of a buffer that it may be a view of; a copy only if it must be."""
     data = data.detach()
     if data.device.type != "cpu":
         return data.cpu()
     whole = data.untyped_storage().nbytes() == data.numel() * data.element_size()
-    return data if whole and not always else data.clone()
+    return data if whole else data.clone()
+
+
+class CopyMemory:
+    """CPU memory that asynchronous saves copy into, kept from one save to the next.
+
+    Training waits for the copy, and filling fresh pages takes several times longer than filling used ones. What is kept
+    is what the next save needs anyway.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[torch.Tensor]] = {}
+
+    def copy(self, data: torch.Tensor) -> torch.Tensor:
+        """A copy of `data` that nothing else uses until it is given back."""
+        free = self._free.get(data.numel() * data.element_size())
+        memory = free.pop() if free else torch.empty(data.numel() * data.element_size(), dtype=torch.uint8)
+        return memory.view(data.dtype).view(data.shape).copy_(data.detach())
+
+    def keep_only(self, copies: Iterable[torch.Tensor]) -> None:
+        """Take these copies back for the next save, and free what this one did not need."""
+        self._free = {}
+        for copy in copies:
+            memory = copy.view(-1).view(torch.uint8)
+            self._free.setdefault(memory.numel(), []).append(memory)
 
 
 def distribute_items(items: Sequence[Item], files: int) -> list[list[Item]]:
@@ -65,23 +90,31 @@ def distribute_items(items: Sequence[Item], files: int) -> list[list[Item]]:
 def write_items(
     directory: Path, prefix: str, items: Sequence[Item], files: int
 ) -> tuple[list[Written], dict[str, Checksum]]:
-    """Write the items to `<prefix><n>.distcp`, durably; returns where each went and the files' checksums.
+    """Write the items to `<prefix><n>.distcp`, durably, all files at once; returns where each went and their checksums.
 
     CheckpointError names the file that could not be written.
     """
-    written: list[Written] = []
-    checksums: dict[str, Checksum] = {}
-    for number, bucket in enumerate(distribute_items(items, files)):
-        name = f"{prefix}{number}.distcp"
-        with naming_path(directory / name, "writing"):
-            writer = ChecksumWriter(directory / name)
-            try:
-                for item in bucket:
-                    written.append(write_item(writer, item, name))
-            finally:
-                writer.close()
-        checksums[name] = writer.checksum()
-    return written, checksums
+    buckets = distribute_items(items, files)
+    names = [f"{prefix}{number}.distcp" for number in range(len(buckets))]
+    if len(buckets) <= 1:
+        results = [_write_file(directory, name, bucket) for name, bucket in zip(names, buckets)]
+    else:
+        with ThreadPoolExecutor(len(buckets), thread_name_prefix="checkpoint-file") as pool:
+            results = list(
+                pool.map(lambda name, bucket: _write_file(directory, name, bucket), names, buckets)
+            )
+    written = [one for file, _ in results for one in file]
+    return written, {name: checksum for name, (_, checksum) in zip(names, results)}
+
+
+def _write_file(directory: Path, name: str, items: Sequence[Item]) -> tuple[list[Written], Checksum]:
+    with naming_path(directory / name, "writing"):
+        writer = ChecksumWriter(directory / name)
+        try:
+            written = [write_item(writer, item, name) for item in items]
+        finally:
+            writer.close()
+    return written, writer.checksum()
 
 
 def write_item(writer: ChecksumWriter, item: Item, name: str) -> Written:
@@ -89,7 +122,7 @@ def write_item(writer: ChecksumWriter, item: Item, name: str) -> Written:
     start = writer.tell()
     data = item.data
     if isinstance(data, torch.Tensor):
-        data = own_copy(data, always=False)
+        data = own_data(data)
     writer.save(data)
     length = writer.tell() - start
     # Aligned starts let a reader map tensors from the file in place.

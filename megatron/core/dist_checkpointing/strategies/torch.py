@@ -51,9 +51,10 @@ from megatron.core.dist_checkpointing.strategies.base import (
     register_default_strategy,
 )
 from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    CopyMemory,
     Item,
     Written,
-    own_copy,
+    own_data,
     write_items,
 )
 from megatron.core.dist_checkpointing.strategies.mapped import MappedFile
@@ -66,6 +67,7 @@ from megatron.core.dist_checkpointing.strategies.resharding import (
 )
 
 METADATA_FNAME = ".metadata"
+_COPY_MEMORY = CopyMemory()
 _REFORMULATED = "nd_reformulated_orig_global_shape"
 
 
@@ -135,6 +137,8 @@ class TorchDistSaveShardedStrategy(AsyncSaveShardedStrategy):
         def write() -> None:
             prefix = f"__{rank()}_"
             result.written, result.checksums = write_items(directory, prefix, items, self.thread_count)
+            if copy:
+                _COPY_MEMORY.keep_only(item.data for item in items if item.offset is not None)
             items.clear()
 
         return AsyncRequest(write, (), [lambda: _write_joint_index(directory, result)])
@@ -152,7 +156,7 @@ def _items_of(record: ShardedBase, copy: bool) -> list[tuple[Item, Described]]:
     global_shape, box = stored_box(record)
     if box.numel() == 0:
         return []
-    data = own_copy(record.data, always=copy).reshape(box.shape)
+    data = (_COPY_MEMORY.copy(record.data) if copy else own_data(record.data)).reshape(box.shape)
     original = tuple(record.global_shape) if is_nd_flattened_tensor(record) else None
     description = Described(record.key, box.offset, box.shape, global_shape, original, record.dtype)
     return [(Item(record.key, box.offset, data), description)]
@@ -514,7 +518,7 @@ def _read_record(stored: StoredTensors, record: Any) -> Any:
     if isinstance(record, ShardedObject):
         if record.unique_key not in stored:
             if record.key.endswith("_extra_state"):
-                # Of a module that another implementation does not have; nothing here keeps any.
+                # Of a module that another implementation does not have, or that kept no fp8 scales.
                 return None
             raise _absent(stored, record.unique_key)
         return stored.read_object(record.unique_key)
