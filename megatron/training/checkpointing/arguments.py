@@ -39,17 +39,20 @@ _LAYOUT = _names(
     expert_model_parallel_size context_parallel_size data_parallel_size use_distributed_optimizer
     """
 )
-_TRAINING = _names(
-    """
-    optimizer lr min_lr weight_decay clip_grad adam_beta1 adam_beta2 global_batch_size seq_length
-    tokenizer_type seed data_parallel_random_init
-    """
-)
+_SCHEDULE = _names("lr min_lr weight_decay lr_decay_style lr_warmup_iters lr_decay_iters")
+_OPTIMIZER = _names("adam_beta1 adam_beta2 adam_eps sgd_momentum")
+_TRAINING = _names("clip_grad global_batch_size seq_length tokenizer_type data_parallel_random_init")
 _EFFECTS = {
-    **dict.fromkeys(_ARCHITECTURE, "another model"),
-    **dict.fromkeys(_ARITHMETIC, "same weights, other results"),
-    **dict.fromkeys(_LAYOUT, "another layout"),
-    **dict.fromkeys(_TRAINING, "training continues with this run's value or the schedule's rule"),
+    **dict.fromkeys(_ARCHITECTURE, "yes: another model"),
+    **dict.fromkeys(_ARITHMETIC, "yes: same weights, other results"),
+    **dict.fromkeys(_LAYOUT, "no: weights and optimizer are cut anew"),
+    "optimizer": "yes: the saved state is another optimizer's",
+    **dict.fromkeys(
+        _SCHEDULE, "an --override- or --use-checkpoint-opt_param-scheduler flag says which holds"
+    ),
+    **dict.fromkeys(_OPTIMIZER, "yes: the checkpoint's comes back with the optimizer"),
+    **dict.fromkeys(_TRAINING, "yes: training goes on with this run's"),
+    "seed": "no: random states come from the checkpoint",
 }
 
 # --use-checkpoint-args: taken over always, and only where the command line left None.
@@ -75,7 +78,7 @@ _IF_UNSET = _names(
 
 
 def differences(checkpoint_args: Any, args: Namespace) -> list[tuple[str, Any, Any, str]]:
-    """(setting, checkpoint's value, run's value, effect) of every setting that matters and differs."""
+    """(setting, checkpoint's value, run's value, whether that matters) of every setting that is known to and differs."""
     rows = []
     for name, effect in _EFFECTS.items():
         theirs, ours = getattr(checkpoint_args, name, _ABSENT), getattr(args, name, _ABSENT)
@@ -89,7 +92,7 @@ def difference_table(checkpoint_args: Any, args: Namespace) -> str:
     rows = differences(checkpoint_args, args)
     if not rows:
         return ""
-    cells = [("setting", "checkpoint", "this run", "effect"), *(tuple(map(str, row)) for row in rows)]
+    cells = [("setting", "checkpoint", "this run", "does it matter"), *(tuple(map(str, row)) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in cells)
 
@@ -125,6 +128,11 @@ def check_checkpoint_args(
         )
     if fixed_layout:
         _check_layout(checkpoint_args, args, version)
+    say_differences(checkpoint_args, args)
+
+
+def say_differences(checkpoint_args: Any, args: Namespace) -> None:
+    """Print the table of differences, if there are any."""
     if table := difference_table(checkpoint_args, args):
         say(f"the checkpoint's arguments differ from this run's:\n{table}")
 

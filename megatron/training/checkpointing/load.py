@@ -21,6 +21,7 @@ from megatron.training.checkpointing.arguments import (
     apply_checkpoint_args,
     check_checkpoint_args,
     difference_table,
+    say_differences,
 )
 from megatron.training.checkpointing.layout import (
     OPTIMIZER_FILE,
@@ -236,7 +237,9 @@ def _read(
 ) -> dict[str, Any]:
     """This rank's part of the checkpoint, after checking that it fits the run."""
     header = _read_header(source, args)
-    if "args" in header and not args.finetune:
+    if "args" in header and args.finetune:
+        say_differences(header["args"], args)
+    elif "args" in header:
         version = header.get("checkpoint_version", 0)
         check_checkpoint_args(
             header["args"], args=args, fixed_layout=not header["distributed"], version=version

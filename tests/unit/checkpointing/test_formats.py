@@ -160,6 +160,32 @@ def test_incompatible_settings_are_all_named(tmp_path: Path) -> None:
         check_checkpoint_args(saved, args=arguments(tmp_path), fixed_layout=True)
 
 
+@pytest.mark.parametrize("finetune", [False, True])
+def test_differences_are_shown_at_load(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finetune: bool
+) -> None:
+    """Only what differs, with both values and whether it matters."""
+    run = Run(arguments(tmp_path, data_parallel_size=4, lr=1e-3, norm_epsilon=1e-5, seed=1, clip_grad=1.0))
+    run.step()
+    run.save()
+    args = arguments(
+        tmp_path, data_parallel_size=1, lr=1e-4, norm_epsilon=1e-6, seed=1, clip_grad=1.0, finetune=finetune
+    )
+    Run(args).load()
+    (heading, *rows) = capsys.readouterr().out.partition("differ from this run's:\n")[2].splitlines()[:4]
+    assert heading.split() == ["setting", "checkpoint", "this", "run", "does", "it", "matter"]
+    assert [row.split(None, 3) for row in rows] == [
+        ["norm_epsilon", "1e-05", "1e-06", "yes: same weights, other results"],
+        ["data_parallel_size", "4", "1", "no: weights and optimizer are cut anew"],
+        [
+            "lr",
+            "0.001",
+            "0.0001",
+            "an --override- or --use-checkpoint-opt_param-scheduler flag says which holds",
+        ],
+    ]
+
+
 def test_use_checkpoint_args(tmp_path: Path) -> None:
     root = _recorded(tmp_path, "llama")
     for source, forced in (("tp2pp2", 2), ("torch_dist", 1)):
