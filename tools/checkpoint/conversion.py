@@ -16,6 +16,15 @@ from tools.checkpoint import tokenizer_files, verification
 # Newer releases' names of the same plug-ins.
 _RENAMED = {"core": "mcore", "legacy": "megatron"}
 
+_HELP = """\
+loaders:  mcore (any Megatron checkpoint; megatron and torch_dist are names of it), hf (llama_mistral is a name of it)
+savers:   mcore (torch format), torch_dist, megatron (the first generation's names), hf
+A plug-in of your own is a module loader_NAME or saver_NAME on the Python path.
+
+  convert.py --model-type GPT --loader hf --saver mcore --load-dir llama --save-dir out --target-tensor-parallel-size 2
+  convert.py --model-type GPT --loader mcore --saver hf --load-dir out --save-dir published
+"""
+
 
 class _Stopped(Exception):
     """The other side failed; this side has nothing to add."""
@@ -70,17 +79,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(argv: list[str] | None) -> int:
+    plugins = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    plugins.add_argument("--loader", default="megatron", help="module that reads")
+    plugins.add_argument("--saver", default="megatron", help="module that writes")
+    chosen, _ = plugins.parse_known_args(argv)
+    loader, saver = load_plugin("loader", chosen.loader), load_plugin("saver", chosen.saver)
     parser = argparse.ArgumentParser(
-        description="Convert Megatron checkpoints.",
+        description="Convert checkpoints. The options below the first group are those of the chosen loader and saver.",
+        epilog=_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[plugins],
         allow_abbrev=False,
         conflict_handler="resolve",
-        add_help=False,
     )
     parser.add_argument(
         "--model-type", required=True, choices=["GPT", "BERT", "T5"], help="what the checkpoint holds"
     )
-    parser.add_argument("--loader", default="megatron", help="module that reads")
-    parser.add_argument("--saver", default="megatron", help="module that writes")
     parser.add_argument("--load-dir", required=True, help="directory to read")
     parser.add_argument("--save-dir", required=True, help="directory to write")
     parser.add_argument("--max-queue-size", type=int, default=1, help="messages (layers, mostly) in flight")
@@ -91,18 +105,17 @@ def _convert(argv: list[str] | None) -> int:
         "--tokenizer-dir", help="tokenizer files to carry along; by default those beside the source"
     )
     parser.add_argument("--no-checking", action="store_false", dest="checking", help="ignore unused tensors")
-    known, _ = parser.parse_known_args(argv)
-    loader, saver = load_plugin("loader", known.loader), load_plugin("saver", known.saver)
     loader.add_arguments(parser)
     saver.add_arguments(parser)
-    parser.add_argument("-h", "--help", action="help", help="show this message")
     args = parser.parse_args(argv)
     channel = Channel(args.max_queue_size)
     failures: list[BaseException] = []
+    finished = threading.Event()
 
     def save() -> None:
         try:
             saver.save_checkpoint(channel, args)
+            finished.set()
         except (MegatronError, SystemExit, OSError) as error:
             failures.append(error)
         finally:
@@ -122,6 +135,9 @@ def _convert(argv: list[str] | None) -> int:
         thread.join()
     for failure in failures:
         raise failure
+    if not finished.is_set():
+        print(f"the saver {saver.__name__} failed; see above", file=sys.stderr)
+        return 1
     tokenizer_files.carry(args, saver)
     if args.verify:
         verification.verify(loader, saver, args)

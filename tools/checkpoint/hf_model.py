@@ -62,7 +62,7 @@ class HuggingFaceModel:
         return [output.logits]
 
     def _weight(self, name: str) -> torch.Tensor:
-        value = self._get(name)
+        value = self._experts(name) if ".mlp.experts." in name else self._get(name.replace(*_ROUTER))
         for tied in _TIED.get(name, ()):
             if value is None:
                 value = self._get(tied)
@@ -72,6 +72,24 @@ class HuggingFaceModel:
             )
         return value if self._dtype is None else value.to(self._dtype)
 
+    def _experts(self, name: str) -> torch.Tensor | None:
+        """All experts' matrices, which in memory are one tensor (transformers 5) or as in the files (4)."""
+        layer, _, leaf = name.partition(".mlp.experts.")
+        if leaf not in _EXPERTS:
+            return self._get(name.replace(".mlp.", ".block_sparse_moe."))
+        experts: list[torch.Tensor] = []
+        while True:
+            place = f"{layer}.block_sparse_moe.experts.{len(experts)}"
+            parts = [self._get(f"{place}.{matrix}.weight") for matrix in _EXPERTS[leaf]]
+            found = [part for part in parts if part is not None]
+            if len(found) != len(parts):
+                return torch.stack(experts) if experts else None
+            experts.append(torch.cat(found))
+
+
+# transformers' Mixtral has its modules under other names in memory than in its files.
+_ROUTER = (".mlp.gate.weight", ".block_sparse_moe.gate.weight")
+_EXPERTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 # Names of tied tensors that files need not have -> those that they have.
 _TIED = {

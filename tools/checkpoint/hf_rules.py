@@ -104,7 +104,27 @@ class Packed:
         return {f"{prefix}{name}.{self.kind}": part for name, part in zip(self.names, parts)}
 
 
-Rule = Same | Packed
+@dataclass(frozen=True)
+class Experts:
+    """One tensor with a leading axis for the experts, in HuggingFace a tensor for each; `{}` in `name` is its number."""
+
+    key: str
+    name: str
+
+    def read(self, get: Read, prefix: str, heads: Heads) -> Tensors:
+        """The message's tensors, of what there is."""
+        experts: list[torch.Tensor] = []
+        while (expert := get(prefix + self.name.format(len(experts)))) is not None:
+            experts.append(expert)
+        return {self.key: torch.stack(experts)} if experts else {}
+
+    def write(self, message: Tensors, prefix: str, heads: Heads) -> Tensors:
+        """HuggingFace's tensors; takes them out of the message."""
+        experts = message.pop(self.key, ())
+        return {prefix + self.name.format(number): expert for number, expert in enumerate(experts)}
+
+
+Rule = Same | Packed | Experts
 
 
 def both(key: str, name: str, transposed: bool = False) -> list[Rule]:

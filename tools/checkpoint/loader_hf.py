@@ -133,6 +133,7 @@ def _demand(kind: str, tensors: dict[str, torch.Tensor], md: Namespace, director
         modules = ["input norm", "qkv", "dense", "post norm", "mlp l1"]
         wanted = [f"{module} weight" for module in modules]
         wanted += ["mlp l0 weight W", "mlp l0 weight V"] if md.swiglu else ["mlp l0 weight"]
+        wanted += ["router weight"] * (md.num_experts is not None)
         if md.linear_bias:
             wanted += ["qkv bias", "dense bias", "mlp l0 bias", "mlp l1 bias"]
         if getattr(md.checkpoint_args, "add_qkv_bias", False):
@@ -182,6 +183,7 @@ def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: 
         swiglu=saved["swiglu"],
         previous_tensor_parallel_size=1,
         previous_pipeline_parallel_size=1,
+        num_experts=saved.get("num_experts"),
         true_vocab_size=args.true_vocab_size,
         make_vocab_size_divisible_by=multiple,
         checkpoint_args=checkpoint_args,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing import durable
+from megatron.core.errors import CheckpointError
 from tools.checkpoint import saver_mcore
 from tools.checkpoint.hf_families import family_of_model
 from tools.checkpoint.megatron_model import MegatronModel
@@ -31,13 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-args",
         action="store_true",
-        help="write no arguments, which other programs' torch.load refuses by default since torch 2.6, "
-        "but hf_config.json, to be given to transformers' converters as --config_file",
+        help="write no arguments, which other programs' torch.load refuses by default since torch 2.6; "
+        "hf_config.json says what transformers' converters need (--config_file)",
     )
 
 
 def save_checkpoint(queue: Any, args: Namespace) -> None:
-    """Write what the loader sends."""
+    """Write what the loader sends, and hf_config.json beside it for models that transformers' converters know.
+
+    Those converters take the sizes from the arguments, but some settings, such as the epsilon of norms, only from there.
+    """
     config: dict[str, Any] = {}
 
     def content(weights: Weights, saved: Namespace, md: Namespace) -> dict[str, Any]:
@@ -46,8 +50,12 @@ def save_checkpoint(queue: Any, args: Namespace) -> None:
             saved.tokenizer_type = "PretrainedFromHF"
             saved.tokenizer_name_or_path = str((Path(args.save_dir) / "tokenizer").absolute())
         state = saver_mcore.file_content(to_nested(weights, md), saved, md)
-        if args.without_args:
+        try:
             config.update(family_of_model(md, None).config(md, saved, None))
+        except CheckpointError:
+            if args.without_args:
+                raise
+        if args.without_args:
             del state["args"]
         return state
 

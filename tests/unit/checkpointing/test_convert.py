@@ -180,6 +180,7 @@ def test_experts_in_any_layout(recorded: Path, tmp_path: Path, source: str, ep: 
         ("gpt", "GPT", "torch_dist", "AutoModelForCausalLM", []),
         ("llama", "GPT", "tp2pp2", "AutoModelForCausalLM", []),
         ("llama", "GPT", "tp2pp2", "AutoModelForCausalLM", ["--hf-model-type", "mistral"]),
+        ("moe", "GPT", "tp1pp2ep2", "AutoModelForCausalLM", []),
         ("bert", "BERT", "tp2pp2", "AutoModelForPreTraining", []),
         ("t5", "T5", "tp2enc1dec1", "AutoModelForSeq2SeqLM", []),
     ],
@@ -270,6 +271,7 @@ _TINY = {
         ),
         ("Qwen2", {"tie_word_embeddings": True}),
         ("Mistral", {"sliding_window": 40}),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": None}),
         ("GPT2", {"activation_function": "gelu_new", "n_inner": 40}),
         ("GPT2", {"activation_function": "gelu", "tie_word_embeddings": False}),
     ],
@@ -335,7 +337,7 @@ def test_foreign_models_are_refused_by_name(
         ("gpt", "GPT", {"squared_relu": True}, "squared_relu"),
         ("gpt", "GPT", {"kv_channels": 32}, "heads of another size"),
         ("t5", "T5", {"norm_epsilon": 1e-6}, "norm_epsilon 1e-06"),
-        ("moe", "GPT", {}, "experts"),
+        ("moe", "GPT", {"moe_router_load_balancing_type": "sinkhorn"}, "routing of the kind sinkhorn"),
     ],
 )
 def test_what_huggingface_lacks_is_refused_by_name(
@@ -358,6 +360,63 @@ def test_what_huggingface_lacks_is_refused_by_name(
     assert main([*command, "--save-dir", str(tmp_path / "out")]) == 1
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_are_written_as_recorded(recorded: Path, tmp_path: Path) -> None:
+    """Every name and tensor of the Mixtral that was made of the recorded model by other means."""
+    _convert("GPT", "mcore", "hf", recorded / "moe" / "grouped", tmp_path / "hf", "--no-verify")
+    ours, theirs = (
+        safetensors_torch.load_file(directory / "model.safetensors")
+        for directory in (tmp_path / "hf", recorded / "moe" / "hf")
+    )
+    _assert_same(ours, theirs)
+
+
+def test_plug_ins_of_ones_own(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Modules on the Python path, found by name; messages, keys and their order are those of v0.9's protocol."""
+    (tmp_path / "saver_notes.py").write_text(
+        "import json\n"
+        "def add_arguments(parser):\n"
+        "    parser.add_argument('--notes', required=True)\n"
+        "def save_checkpoint(queue, args):\n"
+        "    md = queue.get()\n"
+        "    notes = [[md.model_type, md.num_layers, md.output_layer, md.swiglu, md.checkpoint_args.seq_length]]\n"
+        "    while (message := queue.get()) != 'done':\n"
+        "        name = message.pop('name')\n"
+        "        notes.append([name, {key: list(tensor.shape) for key, tensor in message.items()}])\n"
+        "    open(args.notes, 'w').write(json.dumps(notes))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = recorded / "llama" / "tp2pp2"
+    _convert("GPT", "mcore", "notes", source, tmp_path / "out", "--notes", str(tmp_path / "notes.json"))
+    assert "not verified: the saver saver_notes has no model to run" in capsys.readouterr().out
+    layer = {
+        "input norm weight": [64], "post norm weight": [64], "qkv weight": [128, 64], "dense weight": [64, 64],
+        "mlp l0 weight W": [96, 64], "mlp l0 weight V": [96, 64], "mlp l1 weight": [64, 96],
+    }  # fmt: skip
+    assert json.loads((tmp_path / "notes.json").read_text()) == [
+        ["GPT", 2, True, True, 16],
+        ["embeddings", {"word embeddings": [256, 64]}],
+        ["transformer layer 0", layer],
+        ["transformer layer 1", layer],
+        ["final norm", {"weight": [64]}],
+        ["output layer", {"weight": [256, 64]}],
+    ]
+
+
+def test_a_plug_in_that_breaks_is_no_success(
+    recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "saver_broken.py").write_text(
+        "def add_arguments(parser): pass\ndef save_checkpoint(queue, args): queue.get().no_such_setting\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    command = ["--model-type", "GPT", "--loader", "mcore", "--saver", "broken"]
+    assert main([*command, "--load-dir", str(recorded / "gpt" / "tp1pp1"), "--save-dir", str(tmp_path)]) == 1
+    assert "the saver saver_broken failed" in capsys.readouterr().err
 
 
 def test_a_wrong_conversion_is_found(
@@ -407,11 +466,21 @@ sys.exit(status)
 """
 
 
-@pytest.mark.parametrize("saver", ["mcore", "torch_dist", "hf"])
-def test_memory_is_a_few_layers(tmp_path: Path, saver: str) -> None:
-    """A model of 32 layers of 6 MiB is converted and verified in the memory of a few of them."""
+@pytest.mark.parametrize(
+    ("saver", "layers"),
+    [
+        ("mcore", 32),
+        ("hf", 32),
+        pytest.param("torch_dist", 32, marks=pytest.mark.slow),
+        pytest.param("mcore", 128, marks=pytest.mark.slow),
+        pytest.param("hf", 128, marks=pytest.mark.slow),
+        pytest.param("torch_dist", 128, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_is_a_few_layers(tmp_path: Path, saver: str, layers: int) -> None:
+    """A model of any number of layers of 6 MiB is converted and verified in the memory of a few of them."""
     pytest.importorskip("transformers")
-    hidden, layers, heads = 256, 32, 4
+    hidden, heads = 256, 4
     weights = {
         "model.embed_tokens.weight": torch.randn(128, hidden) * 0.02,
         "model.norm.weight": torch.ones(hidden),
@@ -450,7 +519,9 @@ def test_memory_is_a_few_layers(tmp_path: Path, saver: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     match = re.search(r"^peak (\d+)", done.stdout, re.M)
-    assert match is not None and int(match[1]) < 64, done.stdout  # MiB; the model has 195
+    assert match is not None, done.stdout
+    print(f"{saver}: {layers * 6} MiB of layers, at most {match[1]} MiB of memory")
+    assert int(match[1]) < 64, done.stdout
 
 
 @pytest.mark.parametrize("option", [["--loader", "nowhere"], ["--saver", "json"]])
