@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Show what is in a checkpoint, or how two differ: `inspect.py DIR [OTHER] [--norms]`."""
+"""Show what is in a checkpoint, or how two differ: `inspect.py DIR [OTHER]`."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,4 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 if __name__ == "__main__":
     from tools.checkpoint.inspection import main
 
+    # Piped into a program that stops reading, such as head, end as other programs do.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())
