@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,20 @@ from transformers import AutoTokenizer, pipeline
 model, tokenizer, prompt, tokens = sys.argv[1:]
 run = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(tokenizer))
 print("TEXT" + run(prompt, max_new_tokens=int(tokens), do_sample=False)[0]["generated_text"])
+"""
+
+_BERT_OUTPUTS = """
+import sys
+import numpy, torch
+from transformers import MegatronBertForPreTraining
+directory, batch_file, output_file = sys.argv[1:]
+model, info = MegatronBertForPreTraining.from_pretrained(directory, output_loading_info=True)
+assert not any(info.values()), info
+batch = {name: torch.from_numpy(value) for name, value in numpy.load(batch_file).items()}
+with torch.no_grad():
+    output = model.eval()(
+        batch["tokens"], attention_mask=batch["padding_mask"], token_type_ids=batch["types"])
+numpy.savez(output_file, logits=output.prediction_logits, binary_logits=output.seq_relationship_logits)
 """
 
 
@@ -63,9 +79,9 @@ def make_model(directory: Path) -> None:
     model.save_pretrained(directory)
 
 
-def convert(*arguments: object) -> str:
+def convert(*arguments: object, model_type: str = "GPT") -> str:
     """tools/checkpoint/convert.py."""
-    return command(ROOT / "tools" / "checkpoint" / "convert.py", "--model-type", "GPT", *arguments)
+    return command(ROOT / "tools" / "checkpoint" / "convert.py", "--model-type", model_type, *arguments)
 
 
 def ours(checkpoint: Path, tokenizer: Path) -> str:
@@ -83,3 +99,9 @@ def pipeline(model: Path, tokenizer: Path, transformers_path: Path | None = None
     """What transformers' pipeline continues the prompt with, greedily."""
     output = command("-c", _PIPELINE, model, tokenizer, PROMPT, TOKENS, path=transformers_path)
     return output.partition("TEXT")[2].rstrip("\n")
+
+
+def bert_outputs(model: Path, batch: Path, output: Path, transformers_path: Path) -> Mapping[str, np.ndarray]:
+    """`logits` and `binary_logits` that transformers' Megatron-BERT computes of the batch in an .npz file."""
+    command("-c", _BERT_OUTPUTS, model, batch, output, path=transformers_path)
+    return np.load(output)

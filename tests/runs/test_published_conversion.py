@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.runs import published_conversion as published
 
 _CONVERTER = "transformers/models/megatron_gpt2/convert_megatron_gpt2_checkpoint.py"
+_BERT_CONVERTER = "transformers/models/megatron_bert/convert_megatron_bert_checkpoint.py"
+_BERT = published.ROOT / "tests" / "golden" / "checkpoints" / "bert"
 
 
 def test_pipeline_continues_as_we_do(tmp_path: Path) -> None:
@@ -25,25 +29,21 @@ def test_pipeline_continues_as_we_do(tmp_path: Path) -> None:
     assert published.pipeline(back, back) == expected
 
 
+@pytest.fixture(scope="module")
+def transformers4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An installation of transformers 4.46, beside the one of the tests."""
+    path = tmp_path_factory.mktemp("transformers4")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(path)]
+    requirements = ["transformers==4.46.3", "huggingface-hub<1.0", "tokenizers>=0.20,<0.21"]
+    subprocess.run([*command, *requirements], check=True)
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.network
-def test_transformers_4_converts_what_we_write(tmp_path: Path) -> None:
-    """The converter that transformers 4.46 ships, unmodified, in an installation of its own."""
-    path = tmp_path / "transformers4"
-    requirements = ["transformers==4.46.3", "huggingface-hub<1.0", "tokenizers>=0.20,<0.21"]
-    for requirement in requirements:
-        install = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "-q",
-            "--target",
-            str(path),
-            "--no-deps",
-            requirement,
-        ]
-        subprocess.run(install, check=True)
+def test_transformers_4_converts_what_we_write(transformers4: Path, tmp_path: Path) -> None:
+    """The converter that transformers 4.46 ships, unmodified."""
+    path = transformers4
     hf, own, old, bare = (tmp_path / name for name in ("hf", "own", "old", "bare"))
     published.make_model(hf)
     published.convert("--loader", "hf", "--saver", "mcore", "--load-dir", hf, "--save-dir", own)
@@ -61,3 +61,25 @@ def test_transformers_4_converts_what_we_write(tmp_path: Path) -> None:
     config = bare / "release" / "hf_config.json"
     published.command(path / _CONVERTER, "--config_file", config, file, path=path, cwd=tmp_path)
     assert published.pipeline(file.parent, hf, path) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("options", [[], ["--without-args"]])
+def test_transformers_4_converts_our_bert(transformers4: Path, tmp_path: Path, options: list[str]) -> None:
+    """Its Megatron-BERT, made from a recorded checkpoint by way of ours, computes the recorded logits."""
+    with tarfile.open(_BERT / "checkpoints.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    sizes = ["--target-tensor-parallel-size", 1, "--target-pipeline-parallel-size", 1]
+    source = ["--loader", "mcore", "--saver", "megatron", "--load-dir", tmp_path / "tp2pp2"]
+    published.convert(*source, "--save-dir", tmp_path / "old", *sizes, *options, model_type="BERT")
+    (file,) = (tmp_path / "old").glob("*/mp_rank_00/model_optim_rng.pt")
+    # The script knows only the default epsilon of norms unless told.
+    config = ["--config_file", file.parent.parent / "hf_config.json"]
+    environment = {} if options else {"TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
+    published.command(transformers4 / _BERT_CONVERTER, *config, file, path=transformers4, **environment)
+    outputs = published.bert_outputs(file.parent, _BERT / "batch.npz", tmp_path / "out.npz", transformers4)
+    batch, expected = np.load(_BERT / "batch.npz"), np.load(_BERT / "expected.npz")
+    real = batch["padding_mask"][..., None]  # queries at padding see nothing there and everything here
+    assert np.abs((outputs["logits"] - expected["logits"]) * real).max() <= 1e-5
+    assert np.abs(outputs["binary_logits"] - expected["binary_logits"]).max() <= 1e-5
