@@ -135,7 +135,19 @@ def init_process_group(args: Namespace) -> None:
     if args.world_size > 1:
         connection = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        watch.start(dist.PrefixStore(f"attempt {attempt}", connection), args.rank)
+        watch.start(
+            dist.PrefixStore(f"attempt {attempt}", connection),
+            args.rank,
+            progress=lambda: _progress(args),
+            patience=watch.patience_s(backend, args.distributed_timeout_minutes),
+        )
+
+
+def _progress(args: Namespace) -> tuple[int, int, int] | None:
+    """Counts of steps begun and ended and of evaluated samples; None before the first step."""
+    if "curr_iteration" not in args:
+        return None
+    return args.curr_iteration, args.iteration, args.consumed_valid_samples
 
 
 def set_random_seed(seed: int, data_parallel_random_init: bool = False) -> None:

@@ -2,6 +2,10 @@
 
 A thread on each rank asks the rendezvous store now and then whether a rank gave up; the first to do so names itself there,
 and the others answer with the place their main thread is at.
+
+With gloo the waiting call itself fails at the time limit. With nccl the program runs on and waits for its device, where the
+limit ends the process from outside, without a word about the others; there the thread asks shortly before, when no step
+has ended for most of that time.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import sysconfig
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import FrameType
 
 import torch.distributed as dist
@@ -20,32 +25,82 @@ _POLL_SECONDS = 2.0
 #: How long the rank that gave up waits for the others' answers.
 _ANSWER_SECONDS = 3 * _POLL_SECONDS
 
+#: The share of the time limit after which a rank that waits for its device asks.
+_PATIENCE = 0.9
+
 #: Where code lives that is neither this project's nor its user's.
 _FOREIGN = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"), "<frozen")
 
 _store: dist.Store | None = None
 
 
-def start(store: dist.Store, rank: int) -> None:
-    """Watch over this rank from a thread; `store` must be a connection of the thread's own."""
+def patience_s(backend: str, limit_minutes: float) -> float | None:
+    """Seconds without a finished step after which the thread asks, or None where the waiting call itself will fail."""
+    return 60 * limit_minutes * _PATIENCE if "nccl" in backend else None
+
+
+def start(
+    store: dist.Store,
+    rank: int,
+    progress: Callable[[], object] = lambda: None,
+    patience: float | None = None,
+) -> None:
+    """Watch over this rank from a thread; `store` must be a connection of the thread's own.
+
+    progress: what changes with every step, None before the first; patience: see `patience_s`.
+    """
     global _store
     _store = store
     main = threading.main_thread().ident
-    thread = threading.Thread(target=_answer_when_asked, args=(store, rank, main), name="watch", daemon=True)
+    thread = threading.Thread(
+        target=_watch, args=(store, rank, main, progress, patience), name="watch", daemon=True
+    )
     thread.start()
 
 
-def _answer_when_asked(store: dist.Store, rank: int, main: int | None) -> None:
+def _watch(
+    store: dist.Store,
+    rank: int,
+    main: int | None,
+    progress: Callable[[], object],
+    patience: float | None,
+) -> None:
+    seen, since = progress(), time.monotonic()
     try:
         while not store.check([f"{_ROOT}/asked"]):
             time.sleep(_POLL_SECONDS)
+            now = progress()
+            if now is None or now != seen:
+                seen, since = now, time.monotonic()
+            elif patience is not None and time.monotonic() - since > patience:
+                if store.add(f"{_ROOT}/asking", 1) == 1:  # all lose patience at about the same time
+                    _report_standstill(store, rank, main, patience)
+                    return
+                patience = None
         frame = sys._current_frames().get(main or 0)
-        place = "gone" if frame is None else _describe(traceback.extract_stack(frame))
-        store.set(f"{_ROOT}/{rank}", f"Rank {rank} was {place}.")
+        store.set(f"{_ROOT}/{rank}", f"Rank {rank} was {_place_of_frame(frame)}.")
         if frame is not None:
             _print_stack(rank, frame)
     except (RuntimeError, OSError):
         return  # the store went down with the run
+
+
+def _report_standstill(store: dist.Store, rank: int, main: int | None, patience: float) -> None:
+    """Ask on behalf of a main thread that waits for its device, and print the answers."""
+    frame = sys._current_frames().get(main or 0)
+    reports = _ask(store, rank, f"Rank {rank} was {_place_of_frame(frame)}.")
+    print(
+        f"rank {rank}: no step has ended for {patience:.0f} s, and --distributed-timeout-minutes is near; this rank was "
+        f"{_place_of_frame(frame)}. {' '.join(reports)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if frame is not None:
+        _print_stack(rank, frame)
+
+
+def _place_of_frame(frame: FrameType | None) -> str:
+    return "gone" if frame is None else _describe(traceback.extract_stack(frame))
 
 
 def _print_stack(rank: int, frame: FrameType) -> None:
@@ -57,17 +112,24 @@ def announce_timeout(error: BaseException) -> list[str]:
     """Say that this rank gave up waiting; returns where the others say they are, in order of rank."""
     if _store is None:
         return []
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
     try:
-        _store.set(f"{_ROOT}/{rank}", f"Rank {rank} waited {place_of(error)}.")
-        _store.set(f"{_ROOT}/asked", str(rank))
-        deadline = time.monotonic() + _ANSWER_SECONDS
-        others = {f"{_ROOT}/{other}" for other in range(size) if other != rank}
-        while time.monotonic() < deadline and not all(_store.check([key]) for key in others):
-            time.sleep(0.1)
-        return [_store.get(key).decode() for key in sorted(others) if _store.check([key])][:8]
+        return _ask(_store, rank, f"Rank {rank} waited {place_of(error)}.")
     except (RuntimeError, OSError):
         return []
+
+
+def _ask(store: dist.Store, rank: int, own: str) -> list[str]:
+    """Put this rank's own report into the store, ask for the others', and return what comes in time."""
+    store.set(f"{_ROOT}/{rank}", own)
+    store.set(f"{_ROOT}/asked", str(rank))
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    others = {f"{_ROOT}/{other}": other for other in range(dist.get_world_size()) if other != rank}
+    while time.monotonic() < deadline and not all(store.check([key]) for key in others):
+        time.sleep(0.1)
+    return [store.get(key).decode() for key in sorted(others, key=others.__getitem__) if store.check([key])][
+        :8
+    ]
 
 
 def place_of(error: BaseException) -> str:

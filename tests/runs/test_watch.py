@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron.training import watch
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FLAGS = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
@@ -42,3 +46,19 @@ def test_a_rank_that_hangs_ends_the_run_with_who_waited_for_whom(tmp_path: Path)
     assert "waited for another one" in said[0] and "(megatron/" in said[0]
     assert "Rank 1 was in wait_for_a_file_system" in said[0] and "troubled.py" in said[0]
     assert "rank 1 was here" in done.stderr and "in troubled_forward_step" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_its_device_asks_before_the_limit_ends_it(tmp_path: Path) -> None:
+    done = launch("stall", tmp_path)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if "no step has ended for 4 s" in line]
+    assert len(said) == 1, done.stderr[-3000:]
+    assert "(megatron/" in said[0], "where rank 0 waits"
+    assert "was in wait_for_a_file_system" in said[0] and "troubled.py" in said[0], "where rank 1 is"
+    assert "rank 0 was here" in done.stderr and "rank 1 was here" in done.stderr
+
+
+def test_only_ranks_that_wait_for_a_device_ask_by_themselves() -> None:
+    assert watch.patience_s("gloo", 10) is None
+    assert watch.patience_s("nccl", 10) == watch.patience_s("cpu:gloo,cuda:nccl", 10) == 540

@@ -1,6 +1,7 @@
 """Pretrain a GPT with a rank that gets into trouble: `torchrun troubled.py KIND <flags of pretrain_gpt.py>`.
 
-KIND is `hang` or `die`: from its third forward pass on, rank 1 sleeps for ever, or raises an error of its own.
+KIND is `hang`, `stall` or `die`: from its third forward pass on, rank 1 sleeps for ever, or raises an error of its own. With
+`stall` the ranks' threads ask before the time limit, as they do where the program waits for a device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import pretrain_gpt
 from megatron.core import parallel_state
+from megatron.training import watch
 from megatron.training.cli import run_main
 
 _SECONDS = 15
@@ -40,6 +42,8 @@ def main() -> None:
 
     pretrain_gpt.forward_step = troubled_forward_step
     parallel_state.timedelta = shortly  # type: ignore[attr-defined, assignment]
+    if kind == "stall":
+        watch.patience_s = lambda backend, minutes: 4.0
     run_main(pretrain_gpt.run)
 
 
