@@ -36,7 +36,8 @@ _PATTERNS = (
     (
         GEMM,
         re.compile(
-            r"gemm|cutlass|nvjet|xmma|matmul|::(add|b|badd|_scaled_)?b?mm\b|aten::linear\b|wgmma", re.I
+            r"gemm|cutlass|nvjet|xmma|matmul|::(add|b|badd|_scaled_)?b?mm_?\b|::_?linear(_pointwise)?\b|wgmma",
+            re.I,
         ),
     ),
 )

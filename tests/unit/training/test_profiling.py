@@ -98,6 +98,8 @@ def test_nothing_is_no_time(tmp_path: Path) -> None:
         "nvjet_tst_128x256_64x4_2x1_v_bz_coopB_TNN": GEMM,
         "aten::_scaled_mm": GEMM,
         "aten::mm": GEMM,
+        "aten::addmm_": GEMM,
+        "mkldnn::_linear_pointwise": GEMM,
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop": ATTENTION,
         "attention_key_grad": ATTENTION,
         "ncclDevKernel_ReduceScatter_Sum_bf16": COMMUNICATION,
