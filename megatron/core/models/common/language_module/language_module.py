@@ -124,7 +124,7 @@ class LanguageModule(MegatronModule):
         bias_key = f"{prefix}output_layer.bias"
         if self.share_embeddings_and_output_weights:
             self.tie_embeddings_and_output_weights_state_dict(sharded, weight_key, embedding_key)
-        elif self.post_process:
+        elif weight_key in sharded:
             sharded[weight_key].allow_shape_mismatch = True
         if self.post_process and bias_key in sharded:
             sharded[bias_key].allow_shape_mismatch = True

@@ -1,0 +1,1 @@
+"""Sentence pairs of the GLUE benchmark: MNLI and QQP."""

@@ -1,0 +1,1 @@
+"""RACE: questions about a text, each with four choices."""

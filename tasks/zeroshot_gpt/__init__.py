@@ -1,0 +1,1 @@
+"""What a GPT knows without finetuning: WIKITEXT103 and LAMBADA."""
