@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.dist_checkpointing.strategies.resharding import Box
+from megatron.core.dist_checkpointing.strategies.torch import StoredTensors
 from tests.gang import training_run
 from tests.gang.harness import run_gang
 
+ITERATION = "iter_0000002"
 RECORDED = dict(np.load(training_run.GOLDEN / "resume.npz"))
 
 
@@ -64,6 +69,89 @@ def test_recorded_checkpoints_continue(
     results = run_gang(world, training_run.run, cli, 2)
     assert {result["iteration"] for result in results} == {4}
     _compare(results, RECORDED[f"{variant}/resume/traj"])
+
+
+def _leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Every value of nested dicts and lists by its path; empty ones too."""
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, (list, tuple))
+        else None
+    )
+    if items is None:
+        return {path: tree}
+    found = {path: type(tree)}
+    for name, value in items:
+        found.update(_leaves(value, f"{path}/{name}"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "world", "distopt"), [("torch_dp1", 1, False), ("torch_dp2_distopt", 2, True)]
+)
+def test_what_is_written_is_what_was_read(
+    recorded: Path, tmp_path: Path, variant: str, world: int, distopt: bool
+) -> None:
+    """v0.9's files loaded and saved again: the same entries in the same order, types, shapes, dtypes and bits."""
+    cli = [*training_run.recorded_cli(), *_layout(distopt=distopt), "--ckpt-format", "torch"]
+    cli += ["--global-batch-size", str(2 * world), "--load", str(recorded / variant), "--save", str(tmp_path)]
+    run_gang(world, training_run.run, cli, 0, [2])
+    names = ["model_optim_rng.pt", *(["distrib_optim.pt"] if distopt else [])]
+    for name in names:
+        _assert_same_file(
+            *(load_file(root / ITERATION / "mp_rank_00" / name) for root in (tmp_path, recorded / variant))
+        )
+
+
+def _assert_same_file(ours: Any, theirs: Any) -> None:
+    if "args" in theirs:
+        missing = set(vars(theirs.pop("args"))) - set(vars(ours.pop("args")))
+        assert not missing, missing
+    ours, theirs = _leaves(ours), _leaves(theirs)
+    assert list(ours) == list(theirs)
+    for path, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            assert ours[path].dtype == value.dtype and torch.equal(ours[path], value), path
+        elif isinstance(value, np.ndarray):
+            assert np.array_equal(ours[path], value), path
+        else:
+            assert type(ours[path]) is type(value) and ours[path] == value, path
+
+
+@pytest.mark.parametrize(
+    ("variant", "world", "distopt", "extra"),
+    [
+        ("td_dp1", 1, False, []),
+        ("td_dp2_distopt", 2, True, []),
+        ("td_dp2_dpzero", 2, True, ["--no-ckpt-fully-parallel-save"]),
+    ],
+)
+def test_torch_dist_is_written_as_it_was_read(
+    recorded: Path, tmp_path: Path, variant: str, world: int, distopt: bool, extra: list[str]
+) -> None:
+    """v0.9's directory loaded and saved again: the same keys, shapes, dtypes, tensors and common values."""
+    cli = [
+        *training_run.recorded_cli(),
+        *_layout(distopt=distopt),
+        *extra,
+        "--global-batch-size",
+        str(2 * world),
+    ]
+    cli += ["--load", str(recorded / variant), "--save", str(tmp_path)]
+    run_gang(world, training_run.run, cli, 0, [2])
+    places = [root / ITERATION for root in (tmp_path, recorded / variant)]
+    _assert_same_file(*(load_file(place / "common.pt") for place in places))
+    ours, theirs = (StoredTensors(place) for place in places)
+    assert sorted(ours.keys()) == sorted(theirs.keys())
+    for key in filter(theirs.is_tensor, theirs.keys()):
+        shape = theirs.shape(key)
+        assert ours.shape(key) == shape and ours.dtype(key) == theirs.dtype(key), key
+        one, other = (torch.zeros(shape, dtype=theirs.dtype(key)) for _ in places)
+        ours.read_box(key, Box((0,) * len(shape), shape), one)
+        theirs.read_box(key, Box((0,) * len(shape), shape), other)
+        assert torch.equal(one, other), key
 
 
 @pytest.mark.parametrize(

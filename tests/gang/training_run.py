@@ -31,7 +31,7 @@ def unpack(destination: Path) -> Path:
 
 
 def run(cli: Sequence[str], steps: int, save_at: Sequence[int] = (), seed_shift: int = 0) -> dict[str, Any]:
-    """Set up as an entry script does, take `steps` steps on the recorded batch, saving after those of `save_at`.
+    """Set up as an entry script does, take `steps` steps on the recorded batch, saving at the iterations of `save_at`.
 
     Returns iteration, (loss, gradient norm) per step, and a digest of parameters and random state at the end.
     """
@@ -58,6 +58,8 @@ def run(cli: Sequence[str], steps: int, save_at: Sequence[int] = (), seed_shift:
     config.finalize_model_grads_func = finalize_model_grads
     batch = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "batch.npz").items()}
     iteration = args.iteration
+    if iteration in save_at:
+        save_checkpoint(iteration, model, optimizer, scheduler, 1e9)
     trajectory = []
     for _ in range(steps):
         for chunk in model:

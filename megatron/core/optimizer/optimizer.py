@@ -260,6 +260,8 @@ def sharded_torch_state(
     sharded_params = get_param_id_to_sharded_param_map(model_sharded_state_dict, model_params)
     groups = state_dict["param_groups"]
     optim_state_to_sharding_state(state_dict, sharded_params, exclude_keys=("step",))
+    # v0.9's entry for a step that all parameters share; here, as in its fused Adam, the groups have it.
+    state_dict["state"]["common_step"] = None
     state_dict["param_groups"] = portable_groups(groups)
     return sharded_params
 
