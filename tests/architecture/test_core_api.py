@@ -59,7 +59,6 @@ EXCEPTIONS = {
     "megatron.core.optimizer:_ParamAndGradBuffer": _TYPING,
     "megatron.core.optimizer:MegatronModule": _TYPING,
     "megatron.core.optimizer:log_single_rank": _TYPING,
-    "megatron.core.pipeline_parallel.schedules:finish_embedding_wgrad_compute": _INTERNAL,
     "megatron.core.transformer.moe.experts:TEGroupedMLP*": "grouped experts have one class for all kernels",
     "megatron.core.transformer.moe.moe_utils:moe_*": _INTERNAL,
     "megatron.core.transformer.moe.token_dispatcher:MoETokenDispatcher.token_*permutation":

@@ -184,8 +184,7 @@ def _run(
     xattn = get_model_xattn(chunks[0])
     seq_length, micro_batch_size, decoder_seq_length = sizes
     plan = make_plan(geometry.stage, geometry.stages, geometry.chunks, num_microbatches)
-    if not evaluate:
-        clear_embedding_activation_buffer(config, chunks)
+    embedding_module = None if evaluate else clear_embedding_activation_buffer(config, chunks)
 
     def shapes_from(stage: int) -> list[tuple[int, ...]]:
         return get_tensor_shapes(
@@ -216,7 +215,7 @@ def _run(
     with _timer(config, "forward-backward"), torch.set_grad_enabled(not evaluate):
         reported, num_tokens = executor.run(job)
         if not evaluate:
-            finish_embedding_wgrad_compute(config, chunks)
+            finish_embedding_wgrad_compute(config, embedding_module)
             if config.finalize_model_grads_func is not None:
                 config.finalize_model_grads_func(
                     list(chunks), num_tokens if config.calculate_per_token_loss else None
@@ -252,32 +251,31 @@ def get_tensor_shapes(
     return [decoder, encoder] if encoder_decoder_xattn else [decoder]
 
 
-def clear_embedding_activation_buffer(config: TransformerConfig, model: Chunks) -> None:
-    """Forget the activations kept for a deferred embedding gradient (`--defer-embedding-wgrad-compute`)."""
-    module = _module_with_deferred_wgrad(config, model)
-    if module is not None:
-        module.embedding_activation_buffer.clear()
+def clear_embedding_activation_buffer(config: TransformerConfig, model: Chunks) -> Any:
+    """Forget the activations kept for a deferred embedding gradient (`--defer-embedding-wgrad-compute`).
 
-
-def finish_embedding_wgrad_compute(config: TransformerConfig, model: Chunks) -> None:
-    """Compute the embedding gradients that were put off to the pipeline's cool-down."""
-    module = _module_with_deferred_wgrad(config, model)
-    if module is not None:
-        weight = module.shared_embedding_or_output_weight()
-        if not module.share_embeddings_and_output_weights:
-            weight = module.output_layer.weight
-        drain_embedding_wgrad_compute(
-            config, module.embedding_activation_buffer, module.grad_output_buffer, weight
-        )
-
-
-def _module_with_deferred_wgrad(config: TransformerConfig, model: Chunks) -> Any:
+    Returns the module that keeps them, for `finish_embedding_wgrad_compute`: None away from the last stage or without it.
+    """
     if not (
         config.defer_embedding_wgrad_compute and parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     ):
         return None
     last = model[-1] if isinstance(model, Sequence) else model
-    return get_attr_wrapped_model(last, "post_process", return_model_obj=True)
+    module = get_attr_wrapped_model(last, "post_process", return_model_obj=True)
+    module.embedding_activation_buffer.clear()
+    return module
+
+
+def finish_embedding_wgrad_compute(config: TransformerConfig, embedding_module: Any) -> None:
+    """Compute the embedding gradients that were put off to the pipeline's cool-down; nothing is done for None."""
+    if embedding_module is None:
+        return
+    weight = embedding_module.shared_embedding_or_output_weight()
+    if not embedding_module.share_embeddings_and_output_weights:
+        weight = embedding_module.output_layer.weight
+    drain_embedding_wgrad_compute(
+        config, embedding_module.embedding_activation_buffer, embedding_module.grad_output_buffer, weight
+    )
 
 
 def _stage() -> int:
