@@ -161,7 +161,7 @@ def batch_is_constant(args: Any) -> bool:
     return args.rampup_batch_size is None
 
 
-@rule(FINETUNING, "--global-batch-size", "--micro-batch-size", bad="--global-batch-size 8 --micro-batch-size 4",
+@rule(FINETUNING, "--global-batch-size", "--micro-batch-size", bad="--global-batch-size 8",
       why="a finetuning step is one micro batch on each replica, {a.micro_batch_size} x {a.data_parallel_size} samples, "
           "not {a.global_batch_size}",
       fix="drop --global-batch-size, or raise --micro-batch-size")

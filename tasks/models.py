@@ -79,12 +79,6 @@ class BertWithHead(BertEncoder):
                 f"***WARNING*** could not find {self.head} in the checkpoint, initializing to random"
             )
             weights = {**own, **weights}
-        if not self.post_process:
-            weights = {
-                key: value
-                for key, value in weights.items()
-                if not key.startswith(("pooler.", f"{self.head}."))
-            }
         return super().load_state_dict(weights, strict=strict, assign=assign)
 
 
