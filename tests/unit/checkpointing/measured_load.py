@@ -26,16 +26,19 @@ class Peak:
 
     def __init__(self) -> None:
         self.mib = self._before = 0.0
+        self._lock = threading.Lock()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
         while True:
-            self.mib = max(self.mib, anonymous_mib())
+            with self._lock:  # a value from before a restart must not be noted after it
+                self.mib = max(self.mib, anonymous_mib())
             time.sleep(0.001)
 
     def restart(self) -> None:
         """Forget what was."""
-        self._before = self.mib = anonymous_mib()
+        with self._lock:
+            self._before = self.mib = anonymous_mib()
 
     def more(self) -> float:
         """Beyond the memory at the restart."""
