@@ -2,6 +2,8 @@
 
     python benchmarks/layouts.py                 # all three, about five minutes on two quiet cores
     python benchmarks/layouts.py --only overhead
+    python benchmarks/layouts.py --json benchmarks/results/cpu_layouts.json
+    python benchmarks/layouts.py --tables benchmarks/results/cpu_layouts.json   # put its figures into docs/scale.md
     python benchmarks/layouts.py --calibrate cpu.json   # measure this machine; tools/explain.py takes it as --profile
 
 Overhead: a model so small that only Python is left to time. Steps of three sizes give, by differences, the time per layer
@@ -14,11 +16,13 @@ Time: measured steps over predicted ones, with a profile measured here minutes b
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -29,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.surroundings import surroundings
 from megatron.core import parallel_state
 from megatron.core.collectives import all_gather_single
 from megatron.core.fusions.blocked_attention import blocked
@@ -69,6 +74,11 @@ LAYOUTS = {
 }
 
 
+PAGE = Path(__file__).resolve().parents[1] / "docs/scale.md"
+BEGIN, END = "<!-- measured on a CPU -->", "<!-- /measured on a CPU -->"
+Record = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Size:
     """Layers of the model and micro-batches of a step."""
@@ -106,20 +116,20 @@ def step_seconds(ranks: int, words: str) -> tuple[float, float]:
 # Overhead ----------------------------------------------------------------------------------------------------------
 
 
-def overhead(iterations: int) -> None:
+def overhead(iterations: int) -> Iterator[Record]:
     """Milliseconds per layer and per micro-batch, and their ratio to the bare model."""
     print("Python time of the framework, ms (ratio to the bare model on one rank)")
     print(f"{'layout':<22}{'per layer and micro-batch':>28}{'per micro-batch':>20}{'per step':>12}")
     small, deep, long = Size(4, 4), Size(12, 4), Size(4, 12)
     bare = _parts({size: bare_seconds(size) for size in (small, deep, long)})
-    _print_parts("bare model", bare, bare)
+    yield _row("bare model", bare, bare)
     for name, (ranks, replicas, flags) in LAYOUTS.items():
         seconds = {}
         for size in (small, deep, long):
             words = COMMON + TINY + flags.format(per_chunk=size.layers // 4)
             words += f" --num-layers {size.layers} --global-batch-size {size.microbatches * replicas}"
             seconds[size] = step_seconds(ranks, f"{words} --train-iters {iterations}")[1]
-        _print_parts(name, _parts(seconds, 2 if "--pipeline" in flags else 1), bare)
+        yield _row(name, _parts(seconds, 2 if "--pipeline" in flags else 1), bare)
 
 
 def _parts(seconds: dict[Size, float], stages: int = 1) -> tuple[float, float, float]:
@@ -130,10 +140,14 @@ def _parts(seconds: dict[Size, float], stages: int = 1) -> tuple[float, float, f
     return layer, batch, a - small.microbatches * (batch + small.layers // stages * layer)
 
 
-def _print_parts(name: str, parts: tuple[float, ...], bare: tuple[float, ...]) -> None:
-    layer, batch, step = (f"{1e3 * part:.2f}" for part in parts)
-    ratios = f"({parts[0] / bare[0]:.2f})", f"({parts[1] / bare[1]:.2f})"
-    print(f"{name:<22}{f'{layer} {ratios[0]}':>28}{f'{batch} {ratios[1]}':>20}{step:>12}", flush=True)
+def _row(name: str, parts: tuple[float, ...], bare: tuple[float, ...]) -> Record:
+    layer, batch, step = (round(1e3 * part, 3) for part in parts)
+    ratios = [round(part / one, 2) for part, one in zip(parts[:2], bare)]
+    print(
+        f"{name:<22}{f'{layer:.2f} ({ratios[0]})':>28}{f'{batch:.2f} ({ratios[1]})':>20}{step:>12.2f}",
+        flush=True,
+    )
+    return {"layout": name, "layer_ms": layer, "microbatch_ms": batch, "step_ms": step, "ratios": ratios}
 
 
 def bare_seconds(size: Size, repeats: int = 20) -> float:
@@ -168,7 +182,7 @@ def _bare_body(layers: int, microbatches: int, repeats: int) -> float:
 # Memory ------------------------------------------------------------------------------------------------------------
 
 
-def memory() -> None:
+def memory() -> Iterator[Record]:
     """Bytes per rank, counted and said."""
     print("peak memory per rank, MiB: counted from live tensors / by the formula (ratio)")
     for name, (ranks, replicas, flags) in LAYOUTS.items():
@@ -179,16 +193,15 @@ def memory() -> None:
         for stage, said in enumerate(plan.memory):
             total = sum(counted[stage * ranks // len(plan.memory)].values())
             where = f"{name}, stage {stage}" if len(plan.memory) > 1 else name
-            print(
-                f"{where:<30}{total / 2**20:8.1f} / {said.total / 2**20:8.1f} ({total / said.total:.3f})",
-                flush=True,
-            )
+            ratio = round(total / said.total, 3)
+            print(f"{where:<30}{total / 2**20:8.1f} / {said.total / 2**20:8.1f} ({ratio})", flush=True)
+            yield {"layout": where, "counted_bytes": total, "formula_bytes": int(said.total), "ratio": ratio}
 
 
 # Time --------------------------------------------------------------------------------------------------------------
 
 
-def predictions(iterations: int) -> None:
+def predictions(iterations: int) -> Iterator[Record]:
     """Seconds per step, measured and predicted."""
     profiles = {ranks: calibrate(ranks) for ranks in (1, 2)}
     for ranks, profile in profiles.items():
@@ -205,7 +218,14 @@ def predictions(iterations: int) -> None:
         plan = explain([*words.split(), "--world-size", str(ranks), "--device", "cpu"])
         expected = reconsider(plan, profile=profiles[ranks]).step.seconds
         found, _ = step_seconds(ranks, words)
-        print(f"{name:<22}{found:8.3f} / {expected:8.3f} ({found / expected:.2f})", flush=True)
+        ratio = round(found / expected, 2)
+        print(f"{name:<22}{found:8.3f} / {expected:8.3f} ({ratio})", flush=True)
+        yield {
+            "layout": name,
+            "seconds": round(found, 4),
+            "predicted_seconds": round(expected, 4),
+            "ratio": ratio,
+        }
 
 
 def calibrate(ranks: int = 1) -> DeviceProfile:
@@ -292,6 +312,44 @@ def _fit(gemms: list[tuple[int, int, int, float]]) -> tuple[float, float, float]
     return 1 / base, max(rows, 0.0) / base, max(depth, 0.0) / base
 
 
+# Tables ------------------------------------------------------------------------------------------------------------
+
+
+def tables(record: Record) -> list[str]:
+    """The record as Markdown."""
+    packages = ", ".join(f"{name} {number}" for name, number in record["packages"].items())
+    lines = [
+        f"`{record['command']}` on {record['cores']} cores ({record['processor']}), Python {record['python']}, {packages}; "
+        f"load average before and after {' and '.join(str(load) for load in record['load average'])}.",
+        "",
+        "| layout | Python, ms per layer and micro-batch (ratio to the bare model) | ms per micro-batch beside layers "
+        "| ms per step beside micro-batches |",
+        "|---|---|---|---|",
+    ]
+    for row in record["overhead"]:
+        per_layer, per_batch = row["ratios"]
+        lines.append(
+            f"| {row['layout']} | {row['layer_ms']:.2f} ({per_layer}) | {row['microbatch_ms']:.2f} ({per_batch}) "
+            f"| {row['step_ms']:.2f} |"
+        )
+    lines += ["", "| rank of | counted, MiB | by the formula, MiB | ratio |", "|---|---|---|---|"]
+    for row in record["memory"]:
+        counted, said = row["counted_bytes"] / 2**20, row["formula_bytes"] / 2**20
+        lines.append(f"| {row['layout']} | {counted:.1f} | {said:.1f} | {row['ratio']} |")
+    lines += ["", "| layout | step, s | predicted, s | ratio |", "|---|---|---|---|"]
+    for row in record["time"]:
+        lines.append(f"| {row['layout']} | {row['seconds']} | {row['predicted_seconds']} | {row['ratio']} |")
+    return lines
+
+
+def fill_page(record: Record) -> None:
+    """Put the tables between the markers of docs/scale.md."""
+    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    PAGE.write_text(
+        "\n".join([f"{head}{BEGIN}", "", *tables(record), "", f"{END}{rest.split(END)[1]}"]), encoding="utf-8"
+    )
+
+
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(
@@ -299,17 +357,29 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=("overhead", "memory", "time"), help="one of the three comparisons")
     parser.add_argument("--iterations", type=int, default=12, help="training steps per measurement")
+    parser.add_argument("--json", type=Path, help="keep the figures there")
+    parser.add_argument("--tables", type=Path, help="put figures kept by --json into docs/scale.md and stop")
     parser.add_argument("--calibrate", metavar="FILE", help="write a profile of this machine and stop")
     args = parser.parse_args()
+    if args.tables:
+        fill_page(json.loads(args.tables.read_text(encoding="utf-8")))
+        return
     if args.calibrate:
         hardware.save(calibrate(), args.calibrate)
         return
-    if args.only in (None, "overhead"):
-        overhead(args.iterations)
-    if args.only in (None, "memory"):
-        memory()
-    if args.only in (None, "time"):
-        predictions(args.iterations)
+    record = surroundings(["torch", "numpy"])
+    before = round(os.getloadavg()[0], 1)
+    measure = {
+        "overhead": lambda: overhead(args.iterations),
+        "memory": memory,
+        "time": lambda: predictions(args.iterations),
+    }
+    for name, rows in measure.items():
+        if args.only in (None, name):
+            record[name] = list(rows())
+    record["load average"] = [before, round(os.getloadavg()[0], 1)]
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -226,8 +226,8 @@ class Float16OptimizerWithFloat16Params(MixedPrecisionOptimizer):
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False
     ) -> ShardedStateDict:
         """`optimizer.state.{fp32_param, <moment>}.<model key>` for every parameter, cut as the model's tensor is."""
-        if is_loading:
-            self.init_state_fn(self.optimizer)
+        # Also to be saved: while every step was skipped for its loss scale there is none yet, and a load expects some.
+        self.init_state_fn(self.optimizer)
         state_dict = self.state_dict()
         inner = state_dict["optimizer"]
         sharded_params = sharded_torch_state(inner, self._model_params, model_sharded_state_dict)

@@ -342,8 +342,8 @@ class FP32Optimizer(MegatronOptimizer):
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False
     ) -> ShardedStateDict:
         """`optimizer.state.<moment>.<model key>` for every parameter, cut as the model's tensor is."""
-        if is_loading:
-            self.init_state_fn(self.optimizer)
+        # Also to be saved: while every step was skipped for its loss scale there is none yet, and a load expects some.
+        self.init_state_fn(self.optimizer)
         state_dict = self.state_dict()
         sharded_torch_state(state_dict, self.get_parameters(), model_sharded_state_dict)
         return state_dict
