@@ -200,12 +200,19 @@ def test_a_checkpoint_can_be_used_in_other_ways(tmp_path: Path) -> None:
     assert " iteration " not in "".join(
         line[:30] for line in printed["skip"].splitlines() if "elapsed" in line
     )
-    assert rates(printed["finetune"])[0] == (1, 5e-4)
+    assert [iteration for iteration, _ in rates(printed["finetune"])][:1] == [1]
     assert [iteration for iteration, _ in rates(printed["step"])] == [5, 6]
-    # Both go on at the fifth of six cosine steps, under the new peak and under the recorded one.
-    cosine = [0.5 * (math.cos(math.pi * done / STEPS) + 1) for done in (4, 5)]
-    for name, peak in (("step", 5e-4), ("recorded", 1e-3)):
-        expected = [1e-4 + (peak - 1e-4) * share for share in cosine]
+
+    def cosine(peak: float, *done: int) -> list[float]:
+        """The rates that lines show: those in force once as many of the six steps are taken."""
+        return [1e-4 + (peak - 1e-4) * 0.5 * (math.cos(math.pi * n / STEPS) + 1) for n in done]
+
+    # One starts anew; two go on at the fifth step, under the new peak and under the recorded one.
+    for name, expected in {
+        "finetune": cosine(5e-4, *range(1, STEPS + 1)),
+        "step": cosine(5e-4, 5, 6),
+        "recorded": cosine(1e-3, 5, 6),
+    }.items():
         assert [rate for _, rate in rates(printed[name])] == pytest.approx(expected, rel=1e-5)
 
 
