@@ -16,7 +16,7 @@ first-light:     ## text -> tokenizer -> binarized corpus -> torchrun pretrainin
 	bash examples/first_light/run.sh
 
 test:            ## everything that runs on a laptop
-	$(BIN)python -m pytest -m "$(QUICK)"
+	OMP_NUM_THREADS=1 $(BIN)python -m pytest -n 2 --dist worksteal -m "$(QUICK)"
 
 test-fast:       ## without processes and runs: seconds
 	$(BIN)python -m pytest -m "$(QUICK)" tests/architecture tests/plans tests/unit

@@ -12,4 +12,6 @@ bin="$VENV/bin"
 "$bin/ruff" check . && "$bin/ruff" format --check .
 "$bin/mypy" -p megatron.core
 "$bin/lint-imports"
-exec "$bin/python" -m pytest -m "not slow and not gpu and not te and not flash_attn and not network" "$@"
+# Two tests at a time, each of which computes on one thread.
+export OMP_NUM_THREADS=1
+exec "$bin/python" -m pytest -n 2 --dist worksteal -m "not slow and not gpu and not te and not flash_attn and not network" "$@"

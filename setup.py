@@ -32,6 +32,7 @@ EXTRAS["dev"] = sorted(
         "import-linter",
         "mypy",
         "pytest",
+        "pytest-xdist",
         "ruff",
         "types-PyYAML",
     }
