@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.training.preprocessing.inputs import BYTE_ORDER_MARK, Chunk
 
@@ -26,7 +27,7 @@ class Line:
 def read_documents(chunk: Chunk, keys: list[str]) -> Iterator[Line]:
     """The documents of a chunk in order, blank lines and malformed ones included as BadDocument."""
     if chunk.batch is not None:
-        columns = [chunk.batch.column(key).to_pylist() for key in keys]
+        columns = [_cells(chunk.batch.column(key)) for key in keys]
         for row in zip(*columns):
             try:
                 texts = [_checked(value, key) for value, key in zip(row, keys)]
@@ -42,6 +43,21 @@ def read_documents(chunk: Chunk, keys: list[str]) -> Iterator[Line]:
             yield Line(len(line) + 1, reason)
 
 
+def _cells(column: Any) -> list[object]:
+    """The values of a column of a table; those that are not UTF-8 stay bytes."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_cell(value) for value in column]
+
+
+def _cell(value: Any) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
+
+
 def _lines(chunk: Chunk) -> Iterator[str | bytes]:
     """The lines of a chunk without their ends; one that is not UTF-8 stays bytes.
 
@@ -52,9 +68,9 @@ def _lines(chunk: Chunk) -> Iterator[str | bytes]:
         data = data.removeprefix(BYTE_ORDER_MARK)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    data = data.removesuffix(b"\n") if data != b"\n" else data
     if not data:
         return
+    data = data.removesuffix(b"\n")
     try:
         yield from data.decode("utf-8").split("\n")
     except UnicodeDecodeError:

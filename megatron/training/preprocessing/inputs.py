@@ -6,6 +6,7 @@ import glob
 import gzip
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
@@ -237,32 +238,41 @@ def _stream_chunks(
 def _read(path: str, stream: IO[bytes], size: int) -> bytes:
     try:
         return stream.read(size)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             path, f"cannot be decompressed ({error})", "download or compress the file again"
         ) from error
 
 
 def _table_chunks(number: int, path: str, keys: list[str], offset: int) -> Iterator[Chunk]:
+    row = 0
+    for batch in _table_batches(path, keys):
+        start, row = row, row + batch.num_rows
+        if row > offset:
+            kept = batch.slice(max(0, offset - start))
+            yield Chunk(number, path, max(start, offset), row, max(start, offset), batch=kept)
+    if row <= offset:
+        yield Chunk(number, path, row, row, row, data=b"")
+
+
+def _table_batches(path: str, keys: list[str]) -> Iterator[Any]:
     _pyarrow(path)
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as table:
-        missing = [key for key in keys if key not in table.schema_arrow.names]
-        if missing:
-            raise DataError(
-                path,
-                f"has no column {' '.join(missing)}; its columns are {' '.join(table.schema_arrow.names)}",
-                "name the columns with --json-keys",
-            )
-        row = 0
-        for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=keys):
-            start, row = row, row + batch.num_rows
-            if row > offset:
-                kept = batch.slice(max(0, offset - start))
-                yield Chunk(number, path, max(start, offset), row, max(start, offset), batch=kept)
-        if row <= offset:
-            yield Chunk(number, path, row, row, row, data=b"")
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            missing = [key for key in keys if key not in table.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    path,
+                    f"has no column {' '.join(missing)}; its columns are {' '.join(table.schema_arrow.names)}",
+                    "name the columns with --json-keys",
+                )
+            yield from table.iter_batches(batch_size=ROWS_PER_BATCH, columns=keys)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(
+            path, f"cannot be read as a table ({error})", "download or write the file again"
+        ) from error
 
 
 def count_lines(chunk: Chunk) -> int:

@@ -171,11 +171,51 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
         find_inputs(str(tmp_path))
 
 
-def test_damaged_gzip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["short", "altered"])
+def test_damaged_gzip(damage: str, tmp_path: Path) -> None:
+    content = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * i) for i in range(1000)))
+    middle = len(content) // 2
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "1"}\n' * 1000)[:40])
+    path.write_bytes(content[:middle] + (b"" if damage == "short" else b"\xff" * 20 + content[middle + 20 :]))
     with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be decompressed"):
         list(read_chunks([str(path)], keys=["text"]))
+
+
+@pytest.mark.parametrize("damage", ["short", "altered"])
+def test_damaged_parquet(damage: str, tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [str(i * i) for i in range(1000)]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content[:1000] if damage == "short" else content[:8] + b"\xff" * 500 + content[508:])
+    with pytest.raises(DataError, match=r"a.parquet: cannot be read as a table"):
+        list(read_chunks([str(path)], keys=["text"]))
+
+
+def test_a_cell_of_a_table_that_is_not_text_is_one_malformed_document(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = pyarrow.array([b"good", b"\xff", None])
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 3, cells.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    (chunk,) = read_chunks([str(tmp_path / "a.parquet")], keys=["text"])
+    good, *bad = read_documents(chunk, ["text"])
+    assert good.texts == ["good"]
+    assert [str(line.texts).partition(",")[0] for line in bad] == [
+        "'text' holds bytes",
+        "'text' holds NoneType",
+    ]
+
+
+@pytest.mark.parametrize("blank", [1, 2, 3])
+def test_blank_lines_are_counted_one_by_one(blank: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n" * blank)
+    (chunk,) = read_chunks([str(path)], keys=["text"])
+    assert len(list(read_documents(chunk, ["text"]))) == count_lines(chunk) == blank
 
 
 @pytest.mark.parametrize(
