@@ -6,11 +6,13 @@ Works for any module, ours and transformers' alike: the layers are the members o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Lookup = Callable[[str], torch.Tensor]
 
@@ -36,8 +38,37 @@ def without_weights() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+class _InDouble(TorchDispatchMode):
+    """Whatever asks for fp32 gets float64, steps that models always take in fp32 (norms, softmax) too."""
+
+    reading = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        if not _InDouble.reading and options.get("dtype") is torch.float32:
+            options = {**options, "dtype": torch.float64}
+        return func(*args, **options)
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """Models made and run inside compute in float64; weights are read as they are stored."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _InDouble():
+            yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
 def stream(model: nn.Module, lookup: Lookup) -> nn.Module:
-    """Make `model` (built `without_weights`) take each weight from `lookup(name)`, in fp32, when it is needed."""
+    """Make `model` (built `without_weights`) take each weight from `lookup(name)`, in fp32, when it is needed.
+
+    In float64 inside `double_precision`.
+    """
     layers = {
         f"{name}.{index}": layer
         for name, module in model.named_modules()
@@ -61,7 +92,7 @@ def stream(model: nn.Module, lookup: Lookup) -> nn.Module:
             if parameter is not None:
                 # Tied weights are one parameter under several names, and stay one.
                 if id(parameter) not in filled:
-                    filled[id(parameter)] = _filled(lookup(f"{name}.{leaf}" if name else leaf), parameter)
+                    filled[id(parameter)] = _filled(f"{name}.{leaf}" if name else leaf, lookup, parameter)
                 module._parameters[leaf] = filled[id(parameter)]
     return model.eval()
 
@@ -77,7 +108,7 @@ class _Filler:
             for leaf, parameter in list(module._parameters.items()):
                 if parameter is not None:
                     path = ".".join(part for part in (self._name, name, leaf) if part)
-                    module._parameters[leaf] = _filled(self._lookup(path), parameter)
+                    module._parameters[leaf] = _filled(path, self._lookup, parameter)
 
 
 def _empty(layer: nn.Module, args: object, output: object) -> None:
@@ -87,7 +118,13 @@ def _empty(layer: nn.Module, args: object, output: object) -> None:
                 module._parameters[leaf] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
 
 
-def _filled(value: torch.Tensor, parameter: nn.Parameter) -> nn.Parameter:
-    full = nn.Parameter(value.float().reshape(parameter.shape), requires_grad=False)
+def _filled(name: str, lookup: Lookup, parameter: nn.Parameter) -> nn.Parameter:
+    _InDouble.reading = True
+    try:
+        value = lookup(name)
+    finally:
+        _InDouble.reading = False
+    value = value.to(torch.get_default_dtype())
+    full = nn.Parameter(value.reshape(parameter.shape), requires_grad=False)
     full.__dict__.update(parameter.__dict__)
     return full

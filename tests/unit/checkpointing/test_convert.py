@@ -435,7 +435,34 @@ def test_a_wrong_conversion_is_found(
     command += ["--load-dir", str(recorded / "gpt" / "tp1pp1"), "--save-dir", str(tmp_path / "out")]
     monkeypatch.setattr(hf_rules, "unpack", wrong)
     assert main(command) == 1
-    assert "computes other logits" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "computes other logits" in told.err and "NOT verified on 64" in told.out
+
+
+def test_logits_beyond_the_digits_of_fp32_are_compared_in_float64(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With logits of dozens fp32 alone misses the tolerance by rounding; nothing is tolerated for that."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**{**_TINY, "num_hidden_layers": 4, "hidden_size": 128})
+    _random_model(tmp_path / "hf", config, "AutoModelForCausalLM")
+    path = next(file for file in (tmp_path / "hf").glob("*.safetensors") if "lm_head.weight" in _names(file))
+    weights = safetensors_torch.load_file(path)
+    weights["lm_head.weight"] *= 100
+    safetensors_torch.save_file(weights, path, {"format": "pt"})
+    _convert("GPT", "hf", "mcore", tmp_path / "hf", tmp_path / "own")
+    line = re.search(
+        r"verified on 64 random tokens in float64: max \|dlogit\| (\S+) "
+        r"\(logits up to (\S+), allowed 1e-05; fp32's rounding leaves (\S+)\)",
+        capsys.readouterr().out,
+    )
+    assert line is not None
+    assert float(line[1]) < 1e-10 and float(line[2]) > 10 and 1e-5 < float(line[3]) < 1e-2
+    assert torch.get_default_dtype() is torch.float32
+
+
+def _names(file: Path) -> set[str]:
+    return set(safetensors_torch.load_file(file))
 
 
 _MEASURED = """
