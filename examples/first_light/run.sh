@@ -9,7 +9,7 @@ cd "$(dirname "$0")/../.."
 RUN_DIR=${RUN_DIR:-runs/first_light}
 VENV=${VENV:-.venv}
 PYTHON=${PYTHON:-python3}
-STOP=${STOP:-120} ITERATIONS=${ITERATIONS:-240}   # the run stops after STOP iterations and is resumed to ITERATIONS
+STOP=${STOP:-180} ITERATIONS=${ITERATIONS:-360}   # the run stops after STOP iterations and is resumed to ITERATIONS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}       # two ranks on two cores
 
 step() { printf '\n=== %s\n' "$*"; }
@@ -56,7 +56,7 @@ train --load "$RUN_DIR/checkpoints"
 step "a sample from the trained model"
 "$bin/python" tools/generate_text.py --load "$RUN_DIR/checkpoints" --use-checkpoint-args --micro-batch-size 1 \
     --vocab-file "$RUN_DIR/tokenizer/vocab.json" --merge-file "$RUN_DIR/tokenizer/merges.txt" \
-    --make-vocab-size-divisible-by 64 --prompt "def " --prompt "import " --out-seq-length 60 --top-k 20 --seed 7 \
+    --make-vocab-size-divisible-by 64 --prompt "def" --prompt "import" --out-seq-length 60 --top-k 5 --seed 7 \
     | tee "$RUN_DIR/sample.log" | sed -n '/successfully loaded/,$p'
 
 step "where everything is"
