@@ -8,7 +8,9 @@ from typing import Any
 def explain(subject: str, why: str, fix: str | None = None) -> str:
     """The one sentence form of every user-facing error: `<subject>: <why>. Fix: <fix>.`"""
     text = f"{subject}: {why.rstrip('.')}."
-    return text if fix is None else f"{text} Fix: {fix.rstrip('.')}."
+    if fix is None:
+        return text
+    return f"{text} Fix: {fix}" if fix.endswith("?") else f"{text} Fix: {fix.rstrip('.')}."
 
 
 class MegatronError(Exception):
