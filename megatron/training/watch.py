@@ -10,6 +10,7 @@ has ended for most of that time.
 
 from __future__ import annotations
 
+import atexit
 import sys
 import sysconfig
 import threading
@@ -52,10 +53,18 @@ def start(
     global _store
     _store = store
     main = threading.main_thread().ident
+    ending = threading.Event()
     thread = threading.Thread(
-        target=_watch, args=(store, rank, main, progress, patience), name="watch", daemon=True
+        target=_watch, args=(store, rank, main, progress, patience, ending), name="watch", daemon=True
     )
     thread.start()
+    atexit.register(_end, thread, ending)
+
+
+def _end(thread: threading.Thread, ending: threading.Event) -> None:
+    """End the thread before the interpreter ends: to come back from the store into one that is ending aborts."""
+    ending.set()
+    thread.join(_ANSWER_SECONDS)
 
 
 def _watch(
@@ -64,11 +73,13 @@ def _watch(
     main: int | None,
     progress: Callable[[], object],
     patience: float | None,
+    ending: threading.Event,
 ) -> None:
     seen, since = progress(), time.monotonic()
     try:
         while not store.check([f"{_ROOT}/asked"]):
-            time.sleep(_POLL_SECONDS)
+            if ending.wait(_POLL_SECONDS):
+                return
             now = progress()
             if now is None or now != seen:
                 seen, since = now, time.monotonic()

@@ -62,3 +62,17 @@ def test_a_rank_that_waits_for_its_device_asks_before_the_limit_ends_it(tmp_path
 def test_only_ranks_that_wait_for_a_device_ask_by_themselves() -> None:
     assert watch.patience_s("gloo", 10) is None
     assert watch.patience_s("nccl", 10) == watch.patience_s("cpu:gloo,cuda:nccl", 10) == 540
+
+
+def test_the_thread_ends_before_the_interpreter() -> None:
+    """One that still asks its store while the interpreter ends would abort the process."""
+    program = """
+import atexit, threading
+import torch.distributed as dist
+from megatron.training import watch
+store = dist.TCPStore("localhost", 0, 1, True)
+atexit.register(lambda: print([thread.name for thread in threading.enumerate()]))
+watch.start(store, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (0, "['MainThread']\n"), done.stderr
