@@ -268,10 +268,16 @@ def _strictness(directory: str, mode: str) -> Any:
     if mode == "save":
         if dist.get_rank() == 0:
             Path(directory).mkdir()
-        spare = ShardedTensor.from_rank_offsets("spare", torch.ones(2), replica_id=dist.get_rank())
-        return dist_checkpointing.save({"w": half, "s": spare, "common": [1, {"two": 2}]}, directory)
-    extra = ShardedTensor.from_rank_offsets("absent", torch.zeros(2), replica_id=dist.get_rank())
-    loaded = dist_checkpointing.load({"w": half, "e": extra}, directory, strict=mode)
+        spare = {
+            "s": ShardedTensor.from_rank_offsets("spare", torch.ones(2), replica_id=dist.get_rank()),
+            "o": ShardedObject("spare object", 1, (2,), (dist.get_rank(),)),
+        }
+        return dist_checkpointing.save({"w": half, **spare, "common": [1, {"two": 2}]}, directory)
+    extra = {
+        "e": ShardedTensor.from_rank_offsets("absent", torch.zeros(2), replica_id=dist.get_rank()),
+        "f": ShardedObject("absent object", 1, (2,), (dist.get_rank(),)),
+    }
+    loaded = dist_checkpointing.load({"w": half, **extra}, directory, strict=mode)
     return loaded if isinstance(loaded, tuple) else (loaded,)
 
 
@@ -281,8 +287,8 @@ def test_strictness(tmp_path: Path) -> None:
     run_gang(2, _strictness, directory, "save")
     for mode, message in {
         "assume_ok_unexpected": "does not contain absent",
-        "raise_unexpected": "unexpected keys (requested but not stored): absent",
-        "raise_all": "missing keys (stored but not requested): spare",
+        "raise_unexpected": "Unexpected keys (requested but not stored): absent, absent object",
+        "raise_all": "Missing keys (stored but not requested): spare, spare object",
         "sometimes": "Invalid strict flag sometimes",
     }.items():
         with pytest.raises(GangError, match=re.escape(message)):
@@ -291,6 +297,10 @@ def test_strictness(tmp_path: Path) -> None:
         for (state,) in run_gang(2, _strictness, directory, mode):
             assert set(state) == {"w", "common"} and state["common"] == [1, {"two": 2}]
     for state, missing, unexpected in run_gang(2, _strictness, directory, "return_all"):
-        assert (set(state), missing, unexpected) == ({"w", "common"}, {"spare"}, {"absent"})
+        assert (set(state), missing, unexpected) == (
+            {"w", "common"},
+            {"spare", "spare object"},
+            {"absent", "absent object"},
+        )
     for _, missing, unexpected in run_gang(2, _strictness, directory, "return_unexpected"):
-        assert (missing, unexpected) == (set(), {"absent"})
+        assert (missing, unexpected) == (set(), {"absent", "absent object"})

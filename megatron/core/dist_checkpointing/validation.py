@@ -114,10 +114,11 @@ def stored_key(record: ShardedBase) -> str:
 def adjust_non_strict_load(
     sharded_state_dict: ShardedStateDict, sharded_keys_to_remove: Iterable[str]
 ) -> ShardedStateDict:
-    """The tree without the records of those keys."""
+    """The tree without the records of those keys. An object's key removes all its pieces, a piece's name that one."""
     remove = set(sharded_keys_to_remove)
     _, kept = extract_matching_values(
-        sharded_state_dict, lambda leaf: isinstance(leaf, ShardedBase) and stored_key(leaf) in remove
+        sharded_state_dict,
+        lambda leaf: isinstance(leaf, ShardedBase) and not remove.isdisjoint((leaf.key, stored_key(leaf))),
     )
     assert isinstance(kept, dict), "the root of a state dict is a dict"
     return kept
@@ -131,22 +132,23 @@ def validate_integrity_and_strict_load(
     global_metadata: GlobalMetadata | None = None,
     ckpt_sharded_metadata: dict[str, Any] | None = None,
 ) -> tuple[ShardedStateDict, set[str], set[str]]:
-    """Check the request; returns (the request without unstored keys, missing keys, unexpected keys).
+    """Check the request; returns (the request without what is not stored, missing keys, unexpected keys).
 
-    Nothing is dropped in the mode that assumes the keys to be right. Every rank must call.
+    Pieces of objects are compared one by one and reported under the object's key. Nothing is dropped in the mode that
+    assumes the keys to be right. Every rank must call.
     """
     missing: set[str] = set()
     unexpected: set[str] = set()
     if StrictHandling.requires_explicit_ckpt_mismatch_check(strict):
         if ckpt_sharded_metadata is None:
             raise ValueError("the stored keys are needed to compare with")
-        requested = {stored_key(r) for r in local_metadata or nested_values(sharded_state_dict)}
-        stored = set(ckpt_sharded_metadata)
-        everyone = set().union(*gather(requested))
-        unexpected = everyone - stored
+        requested = {stored_key(r): r.key for r in local_metadata or nested_values(sharded_state_dict)}
+        everyone = {name: key for one in gather(requested) for name, key in one.items()}
+        absent = {name: key for name, key in everyone.items() if name not in ckpt_sharded_metadata}
+        unexpected = set(absent.values())
         if StrictHandling.requires_global_app_metadata(strict):
-            missing = stored - everyone
-        sharded_state_dict = adjust_non_strict_load(sharded_state_dict, unexpected)
+            missing = {record.key for record in ckpt_sharded_metadata.values()} - set(everyone.values())
+        sharded_state_dict = adjust_non_strict_load(sharded_state_dict, absent)
         if strict in (StrictHandling.LOG_UNEXPECTED, StrictHandling.LOG_ALL):
             maybe_report_missing_and_unexpected_keys(missing, unexpected, raise_error=False)
         elif strict in (StrictHandling.RAISE_UNEXPECTED, StrictHandling.RAISE_ALL):
@@ -163,8 +165,8 @@ def maybe_report_missing_and_unexpected_keys(
     parts = [
         f"{name} keys ({meaning}): {', '.join(sorted(keys))}"
         for name, meaning, keys in (
-            ("unexpected", "requested but not stored", unexpected_keys),
-            ("missing", "stored but not requested", missing_keys),
+            ("Unexpected", "requested but not stored", unexpected_keys),
+            ("Missing", "stored but not requested", missing_keys),
         )
         if keys
     ]
