@@ -95,6 +95,12 @@ def _build_chunks(
                 add_decoder=parallel_state.is_inside_decoder(stage),
             )
         ]
+    if args.encoder_pipeline_model_parallel_size:
+        raise FlagError(
+            "--encoder-pipeline-model-parallel-size, --pipeline-model-parallel-split-rank",
+            "the model has one stack of layers, so there is no encoder to give stages to",
+            "drop them, and divide the layers by --pipeline-model-parallel-size",
+        )
     if args.virtual_pipeline_model_parallel_size is None or stages == 1:
         return [
             model_provider_func(

@@ -74,6 +74,18 @@ def check(combination: Any) -> None:
         assert not worst.zeros, f"rank {rank}: number of zeros at {worst.zeros}: {model} {layout}"
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "--encoder-pipeline-model-parallel-size 1",
+        "--pipeline-model-parallel-size 2 --pipeline-model-parallel-split-rank 1",
+    ],
+)
+def test_one_stack_of_layers_has_no_stages_for_an_encoder(layout: str) -> None:
+    refusals = set(run_gang(2, compare_or_refuse, flags(SMALL, layout, 1, ""), Observed()))
+    assert len(refusals) == 1 and "--encoder-pipeline-model-parallel-size" in refusals.pop()
+
+
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
