@@ -212,3 +212,31 @@ def test_any_layout_continues_in_any_other(tmp_path: Path, precision: list[str])
                 for (loss, norm), (wanted_loss, wanted_norm) in zip(result["trajectory"], wanted):
                     assert norm == pytest.approx(wanted_norm, rel=tolerance), (saved, loaded)
                     assert loss is None or loss == pytest.approx(wanted_loss, rel=tolerance), (saved, loaded)
+
+
+_EXPERTS = ["--expert-model-parallel-size", "2"]
+
+
+@pytest.mark.parametrize("precision", [[], ["--bf16"]])
+@pytest.mark.parametrize("saved", [(2, [*_layout(distopt=True), *_EXPERTS]), (1, _layout())])
+def test_experts_continue_divided_or_not(
+    tmp_path: Path, saved: tuple[int, list[str]], precision: list[str]
+) -> None:
+    """Divided experts have an optimizer of their own, others do not: master weights, moments and steps move between."""
+    base = [*training_run.recorded_cli(), *precision, "--global-batch-size", "4", "--no-load-rng"]
+    base += ["--num-experts", "4", "--moe-router-topk", "2", "--moe-router-load-balancing-type", "none"]
+    save = ["--save", str(tmp_path)]
+    straight = run_gang(saved[0], training_run.run, [*base, *saved[1], *save], 4, [2])
+    others = [
+        (1, _layout(distopt=True)),
+        (2, [*_layout(), *_EXPERTS]),
+        (4, [*_layout(1, 2, True), *_EXPERTS]),
+    ]
+    tolerance = 2e-2 if precision else 2e-6
+    for world, layout in others:
+        results = run_gang(world, training_run.run, [*base, *layout, "--load", str(tmp_path)], 2)
+        for result in results:
+            for (loss, norm), wanted in zip(result["trajectory"], straight[0]["trajectory"][2:]):
+                assert (norm if loss is None else (loss, norm)) == pytest.approx(
+                    wanted[1] if loss is None else wanted, rel=tolerance
+                ), layout

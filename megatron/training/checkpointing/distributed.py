@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
 )
+from megatron.core.optimizer.param_groups import group_key
 from megatron.training.checkpointing import asynchronous
 from megatron.training.checkpointing.layout import Tracked
 from megatron.training.checkpointing.state import generate_state_dict, get_rng_state, say, unsafe_allowed
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 _MODEL_SPACE = "fully_sharded_model_space"
 _DP_ZERO = "dp_zero_gather_scatter"
 _MASTER_PREFIX = "optimizer.state.fp32_param."
+# Keys of chained optimizers: at most one for the first chunk, one for the others and one for experts.
+_CHAINED = re.compile(r"^chained_\d+\.")
+_MOST_CHAINED = 3
 
 # The norm before an expert layer has two names in the files, depending on who built the layer.
 _OTHER_NAMES = [
@@ -118,20 +123,49 @@ def _fit_optimizer(stored: dict[Any, Any], wanted: dict[Any, Any]) -> None:
     """Move what is common to all optimizers to where this run's kind keeps it, in place.
 
     The fp32 optimizer has its parameter groups at the top, the others under `optimizer`; the step count is in the
-    groups or beside the state. Chained optimizers are numbered.
+    groups or beside the state. Chained optimizers are numbered. Experts have an optimizer of their own only while they
+    are divided over ranks, so a run may chain where the checkpoint does not: then every part is offered all groups.
     """
-    if "optimizer" not in wanted and "param_groups" not in wanted:
-        for number in wanted:
-            _fit_optimizer(stored[number], wanted[number])
-        return
-    theirs = stored if "param_groups" in stored else stored.get("optimizer", {})
+    chained = "optimizer" not in wanted and "param_groups" not in wanted
+    likes = list(wanted.values()) if chained else [wanted]
+    parts = [part for name, part in stored.items() if isinstance(name, int) and _groups_of(part)]
+    groups: list[dict[str, Any]] | None = None
+    if len(parts) != (len(likes) if chained else 0):
+        sources = parts or [stored]
+        groups = _for_experts_and_others([group for part in sources for group in _groups_of(part)])
+        for name in [name for name in stored if isinstance(name, int) != chained]:
+            del stored[name]
+    places = [stored.setdefault(number, {}) for number in wanted] if chained else [stored]
+    for place, like in zip(places, likes):
+        _fit_one(place, like, _groups_of(place) if groups is None else groups)
+
+
+def _groups_of(part: dict[Any, Any]) -> list[dict[str, Any]]:
+    """The parameter groups of one optimizer, each with its step."""
+    theirs = part if "param_groups" in part else part.get("optimizer")
+    if not isinstance(theirs, dict):
+        return []
     groups = theirs.get("param_groups", [])
     step = theirs.get("state", {}).get("common_step")
     for group in groups:
         if step is not None:
             group.setdefault("step", int(step))
+    return groups
+
+
+def _for_experts_and_others(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups and, of those that only experts or only others have, twins for the others or experts."""
+    found = {group_key(group): group for group in groups}
+    for group in groups:
+        twin = {**group, "is_expert_parallel": not group_key(group).is_expert_parallel}
+        found.setdefault(group_key(twin), twin)
+    return list(found.values())
+
+
+def _fit_one(stored: dict[Any, Any], wanted: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
     if "param_groups" in wanted:
         stored["param_groups"] = groups
+        stored.setdefault("state", {})
     elif isinstance(stored.setdefault("optimizer", {}), dict):
         stored["optimizer"]["param_groups"] = groups
     if "param_state_sharding_type" in wanted:
@@ -141,12 +175,14 @@ def _fit_optimizer(stored: dict[Any, Any], wanted: dict[Any, Any]) -> None:
 def key_fallbacks(key: str) -> list[str]:
     """Other keys under which the checkpoint may have the tensor `key`.
 
-    An fp32 run without distributed optimizer stores no master copy: it is the weight itself.
+    Optimizers are chained or not, in the same numbers or others. An fp32 run without distributed optimizer stores no
+    master copy: it is the weight itself.
     """
-    names = [key.replace(name, other) for name, other in _OTHER_NAMES if name in key]
-    return names + [
-        name.removeprefix(_MASTER_PREFIX) for name in (key, *names) if name.startswith(_MASTER_PREFIX)
-    ]
+    own = _CHAINED.sub("", key)
+    names = [own, *(own.replace(name, other) for name, other in _OTHER_NAMES if name in own)]
+    chained = [f"chained_{number}.{name}" for number in range(_MOST_CHAINED) for name in names]
+    weights = [name.removeprefix(_MASTER_PREFIX) for name in names if name.startswith(_MASTER_PREFIX)]
+    return [*names, *(chained if own.startswith("optimizer.") else []), *weights]
 
 
 def _same_layout(saved: Any) -> bool:
