@@ -99,6 +99,8 @@ def run_main(main: Callable[[], object]) -> None:
     """Run an entry point's `main`; errors meant for people end the process without a traceback."""
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # its threads must not outlive what they use
     except MegatronError as error:
         stop(error)
     except OSError as error:
