@@ -169,6 +169,11 @@ def pretrain(
         print_rank_0("training ...")
         if args.do_train and args.train_iters > 0:
             iteration = run.train()
+        elif args.train_iters > 0:
+            print_rank_0(
+                "WARNING: nothing is trained, the train split has no data: give it a share with --split, or "
+                "--train-data-path; with --skip-train the run is meant to evaluate only"
+            )
         print_datetime("after training is done")
         if args.save and iteration != 0 and iteration % args.save_interval != 0:
             run.save(iteration)

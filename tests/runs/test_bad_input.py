@@ -120,3 +120,12 @@ def test_every_rank_ends_at_once(tmp_path: Path) -> None:
     ours = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert 1 <= len(ours) <= 2 and all("nowhere" in line and "Fix:" in line for line in ours), done.stderr
     assert 'pretrain_gpt.py", line' not in done.stderr
+
+
+def test_a_run_without_training_data_says_that_it_only_evaluates(tmp_path: Path) -> None:
+    data = f"--tokenizer-type NullTokenizer --vocab-size 70000 --data-path {DATA}/bin/null32_text_document "
+    (said,) = run_gang(
+        1, run_script, (MODEL + data + f"--split 0,1,0 --eval-iters 1 --data-cache-path {tmp_path}").split()
+    )
+    assert "WARNING: nothing is trained, the train split has no data" in said
+    assert "on validation set" in said and "iteration        1/" not in said
