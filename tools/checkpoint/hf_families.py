@@ -23,7 +23,7 @@ _REFUSED = {
 
 def family_of_config(config: Config, model_type: str) -> Family:
     """The family of a configuration. CheckpointError if it is not converted."""
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind in _REFUSED:
         raise CheckpointError("config.json", f"models of type {kind} have {_REFUSED[kind]}")
     for family in FAMILIES:

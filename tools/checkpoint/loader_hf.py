@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,12 @@ class Weights:
         self.unused: set[str] = set()
         index = directory / "model.safetensors.index.json"
         if index.exists():
-            self._where = {n: directory / f for n, f in json.loads(index.read_text())["weight_map"].items()}
+            with _stranger(index):
+                where = json.loads(index.read_text())["weight_map"]
+                self._where = {name: directory / file for name, file in where.items()}
         elif (directory / "model.safetensors").exists():
-            from safetensors import safe_open
-
             path = directory / "model.safetensors"
-            with safe_open(path, "pt") as file:
+            with _safetensors(path) as file:
                 self._where = dict.fromkeys(file.keys(), path)
         else:
             for path in sorted(directory.glob("pytorch_model*.bin")):
@@ -67,22 +69,49 @@ class Weights:
                 self.unused.discard(other)
                 return self._plain[other]
             if other in self._where:
-                from safetensors import safe_open
-
                 self.unused.discard(other)
-                with safe_open(self._where[other], "pt") as file:
+                with _safetensors(self._where[other]) as file:
                     return file.get_tensor(other)
         return None
 
 
+@contextmanager
+def _stranger(path: Path) -> Iterator[None]:
+    """Turn what reading somebody else's JSON may raise into a CheckpointError that names the file."""
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(str(path), f"it lacks {error}", "check that it is complete") from error
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(str(path), f"cannot be used ({error})", "check that it is complete") from error
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file. CheckpointError if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        why = f"the file is missing, damaged or was cut short ({error})"
+        raise CheckpointError(str(path), why, "fetch it again") from error
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json. CheckpointError if it cannot be read."""
-    try:
-        return json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            str(directory / "config.json"), f"cannot be read ({error})", "check the directory"
-        ) from error
+    with _stranger(directory / "config.json"):
+        config = json.loads((directory / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}")
+    return config
+
+
+_SIZES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels num_experts "
+    "max_position_embeddings encoder_num_layers decoder_num_layers vocab_size"
+)
 
 
 def load_checkpoint(queue: Any, args: Namespace) -> None:
@@ -100,7 +129,11 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
         prefix, rules = family.rules[kind]
         tensors: dict[str, torch.Tensor] = {}
         for rule in rules:
-            tensors.update(rule.read(weights.get, prefix.format(message.layer), heads))
+            try:
+                tensors.update(rule.read(weights.get, prefix.format(message.layer), heads))
+            except RuntimeError as error:
+                why = f"tensors of {message.name} do not have the shapes that config.json says ({error})"
+                raise CheckpointError(str(directory), why, "check that both belong together") from error
         _demand(kind, tensors, md, directory)
         family.after_read(kind, tensors, md.checkpoint_args)
         queue.put({"name": message.name, **{key: tensor.to(dtype) for key, tensor in tensors.items()}})
@@ -145,11 +178,47 @@ def _demand(kind: str, tensors: dict[str, torch.Tensor], md: Namespace, director
         raise CheckpointError(
             str(directory), f"it lacks {', '.join(missing)} of {kind}", "check that it is complete"
         )
+    for key, shape in _shapes(kind, md.checkpoint_args).items():
+        if key in tensors and tuple(tensors[key].shape[-len(shape) :]) != shape:
+            why = f"{key} of {kind} is {list(tensors[key].shape)}, and config.json says {list(shape)}"
+            raise CheckpointError(str(directory), why, "check that both belong together")
+
+
+def _shapes(kind: str, saved: Namespace) -> dict[str, tuple[int, ...]]:
+    """The last axes of tensors, as the configuration has them."""
+    heads, hidden, inner = Heads.of(saved), saved.hidden_size, saved.ffn_hidden_size
+    if "layer" in kind and kind != "output layer":
+        queries = saved.num_attention_heads * heads.size
+        experts = (saved.num_experts,) if getattr(saved, "num_experts", None) else ()
+        return {
+            "qkv weight": (queries + 2 * heads.groups * heads.size, hidden),
+            "dense weight": (hidden, queries),
+            "mlp l0 weight": (inner, hidden),
+            "mlp l0 weight W": (*experts, inner, hidden),
+            "mlp l0 weight V": (*experts, inner, hidden),
+            "mlp l1 weight": (*experts, hidden, inner),
+            "input norm weight": (hidden,),
+            "post norm weight": (hidden,),
+        }
+    return {
+        "word embeddings": (saved.padded_vocab_size, hidden),
+        "position embeddings": (saved.max_position_embeddings, hidden),
+        "weight": (saved.padded_vocab_size, hidden) if kind == "output layer" else (hidden,),
+    }
 
 
 def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: Namespace) -> Namespace:
     """What the saver must know; its arguments are those a run of this model needs."""
-    own = family.arguments(config)
+    with _stranger(Path(args.load_dir) / "config.json"):
+        own = family.arguments(config)
+        sizes = {**own, "vocab_size": config["vocab_size"]}
+        for name in _SIZES.split():
+            if name in sizes and (type(sizes[name]) is not int or sizes[name] < 1):
+                raise ValueError(f"{name} is {sizes[name]!r}, not a positive whole number")
+        if not isinstance(own["norm_epsilon"], float):
+            raise ValueError(f"the epsilon of norms is {own['norm_epsilon']!r}, not a number")
+        if own["num_attention_heads"] % (own.get("num_query_groups") or 1):
+            raise ValueError("the key and value heads do not divide the attention heads")
     # A table of any length is kept as it is, and a run must not pad it anew.
     multiple = 128 if args.true_vocab_size is not None or config["vocab_size"] % 128 == 0 else 1
     heads = own["num_attention_heads"]

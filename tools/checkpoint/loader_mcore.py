@@ -8,15 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron.core.errors import CheckpointError
 from tools.checkpoint import names
 from tools.checkpoint.megatron_model import MegatronModel
 from tools.checkpoint.sources import DistributedSource, TorchSource, open_source, whole
-
-_REQUIRED = (
-    "num_layers hidden_size seq_length num_attention_heads max_position_embeddings position_embedding_type "
-    "tokenizer_type params_dtype tensor_model_parallel_size pipeline_model_parallel_size"
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,10 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def load_checkpoint(queue: Any, args: Namespace) -> None:
     """Send the checkpoint at `args.load_dir`, one layer at a time."""
     source = open_source(args.load_dir, args.model_type)
-    missing = [name for name in _REQUIRED.split() if not hasattr(source.args, name)]
-    if missing:
-        why = f"its arguments lack {', '.join(missing)}"
-        raise CheckpointError(str(source.path), why, "load it into a run with --finetune and save it anew")
     md = metadata(source, args)
     queue.put(md)
     for message in names.messages(md):

@@ -19,6 +19,12 @@ from megatron.training.checkpointing.legacy import adapt_weights, is_nested_layo
 from tools.checkpoint import names
 from tools.checkpoint.names import Entry, Message
 
+# What a conversion cannot do without.
+_REQUIRED = (
+    "num_layers hidden_size seq_length num_attention_heads max_position_embeddings position_embedding_type "
+    "tokenizer_type params_dtype tensor_model_parallel_size pipeline_model_parallel_size"
+)
+
 # The same norms in modules that include them; and expert layers, which have no norm of their own to fuse.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -36,6 +42,18 @@ def open_source(directory: str, model_type: str) -> TorchSource | DistributedSou
     return TorchSource(path, model_type)
 
 
+def _arguments(state: Any, path: Path) -> Namespace:
+    """The run's arguments in a file. CheckpointError if it says too little, as those of version 0 do."""
+    if not isinstance(state, dict):
+        raise CheckpointError(str(path), "its first file holds no checkpoint", "name a checkpoint directory")
+    saved = state.get("args", Namespace())
+    missing = [name for name in _REQUIRED.split() if not hasattr(saved, name)]
+    if missing:
+        why = f"its arguments lack {', '.join(missing)}"
+        raise CheckpointError(str(path), why, "load it into a run with --finetune and save it anew")
+    return saved
+
+
 class TorchSource:
     """The rank files of a torch-format checkpoint, memory-mapped."""
 
@@ -49,8 +67,8 @@ class TorchSource:
             )
         states = {name: load_file(file) for name, file in files.items()}
         first = next(iter(states.values()))
+        self.args = _arguments(first, path)
         self.iteration = first.get("iteration", 0)
-        self.args = first.get("args", Namespace())
         self._stages: list[list[list[dict[str, Any]]]] = []  # [stage or chunk][tensor rank][expert rank]
         self._layers: dict[str, list[tuple[int, int]]] = {"encoder": [], "decoder": []}
         self._collect(states, first.get("checkpoint_version", 0))
@@ -158,7 +176,7 @@ class DistributedSource:
         self.path = path
         durable.verify(path)
         common = load_file(path / COMMON_FNAME)
-        self.iteration, self.args = common.get("iteration", 0), common.get("args", Namespace())
+        self.args, self.iteration = _arguments(common, path), common.get("iteration", 0)
         self._stored = StoredTensors(path)
 
     def parts(self, message: Message, entry: Entry) -> list[torch.Tensor] | None:

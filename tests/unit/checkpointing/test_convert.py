@@ -329,6 +329,83 @@ def test_foreign_models_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _garble_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[8:16] = b"\xff" * 8
+    path.write_bytes(content)
+
+
+def _settings(**changes: Any) -> Any:
+    def change(path: Path) -> None:
+        config = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({name: value for name, value in config.items() if value != "absent"}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "reason"),
+    [
+        ("model.safetensors.index.json", lambda path: path.write_text("[]"), "index.json: cannot be used"),
+        (
+            "model.safetensors.index.json",
+            lambda path: path.write_bytes(b"\xff"),
+            "index.json: cannot be used",
+        ),
+        ("model.safetensors.index.json", lambda path: path.write_text("{}"), "lacks 'weight_map'"),
+        ("model-00001-of-*.safetensors", _cut, "damaged or was cut short"),
+        ("model-00001-of-*.safetensors", _garble_header, "damaged or was cut short"),
+        ("model-00001-of-*.safetensors", Path.unlink, "the file is missing"),
+        ("config.json", lambda path: path.write_text("[]"), "it holds a list"),
+        ("config.json", _settings(hidden_size="absent"), "it lacks 'hidden_size'"),
+        ("config.json", _settings(num_hidden_layers=-1), "num_layers is -1"),
+        ("config.json", _settings(intermediate_size=64), "config.json says [64, 32]"),
+        ("config.json", _settings(vocab_size=128), "config.json says [128, 32]"),
+        ("config.json", _settings(num_key_value_heads=1), "config.json says [48, 32]"),
+        (
+            "config.json",
+            _settings(num_attention_heads=6, num_key_value_heads=3, head_dim=8),
+            "tensors of transformer layer 0 do not have the shapes",
+        ),
+    ],
+)
+def test_damaged_huggingface_directories_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, damage: Any, reason: str
+) -> None:
+    """Index, shards and configuration cut, garbled, missing or of another model: one line, and nothing is published."""
+    transformers = pytest.importorskip("transformers")
+    _random_model(tmp_path / "hf", transformers.LlamaConfig(**_TINY), "AutoModelForCausalLM")
+    (path,) = (tmp_path / "hf").glob(file)
+    damage(path)
+    command = [
+        "--model-type",
+        "GPT",
+        "--loader",
+        "hf",
+        "--saver",
+        "mcore",
+        "--load-dir",
+        str(tmp_path / "hf"),
+    ]
+    assert main([*command, "--save-dir", str(tmp_path / "out")]) == 1
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out" / "release").exists()
+
+
+def test_files_without_arguments_are_refused(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Version 0 says nothing of its model; a run loads it, a conversion cannot."""
+    command = ["--model-type", "GPT", "--loader", "mcore", "--saver", "mcore"]
+    command += ["--load-dir", str(recorded / "legacy_gpt" / "v0"), "--save-dir", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "its arguments lack num_layers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "change", "reason"),
     [
