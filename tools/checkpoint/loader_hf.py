@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(title="HuggingFace loader")
     group.add_argument("--true-vocab-size", type=int, help="vocabulary size without padding rows")
     group.add_argument("--tokenizer-model", help="recorded in the checkpoint's arguments")
-    group.add_argument("--bf16", action="store_true", help="store weights in bfloat16")
-    group.add_argument("--fp16", action="store_true", help="store weights in float16")
+    group.add_argument(
+        "--bf16", action="store_true", help="store weights in bfloat16; by default as they are"
+    )
+    group.add_argument("--fp16", action="store_true", help="store weights in float16; by default as they are")
     group.add_argument("--model-size", help="accepted for older command lines; config.json says it")
     group.add_argument(
         "--checkpoint-type", choices=["hf"], default="hf", help="only HuggingFace directories are read"
@@ -119,9 +121,9 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
     directory = Path(args.load_dir)
     config = read_config(directory)
     family = family_of_config(config, args.model_type)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    dtype = _demanded_dtype(args)
     weights = Weights(directory)
-    md = _metadata(family, config, dtype, args)
+    md = _metadata(family, config, dtype or _usual_dtype(config), args)
     heads = Heads.of(md.checkpoint_args)
     queue.put(md)
     for message in names.messages(md):
@@ -136,7 +138,8 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
                 raise CheckpointError(str(directory), why, "check that both belong together") from error
         _demand(kind, tensors, md, directory)
         family.after_read(kind, tensors, md.checkpoint_args)
-        queue.put({"name": message.name, **{key: tensor.to(dtype) for key, tensor in tensors.items()}})
+        converted = {key: tensor if dtype is None else tensor.to(dtype) for key, tensor in tensors.items()}
+        queue.put({"name": message.name, **converted})
     unused = [name for name in sorted(weights.unused) if not name.endswith(family.ignored or ("\0",))]
     if unused and args.checking:
         why = (
@@ -149,8 +152,18 @@ def load_checkpoint(queue: Any, args: Namespace) -> None:
 def verification_model(args: Namespace) -> HuggingFaceModel:
     """The model that was read, to compare with what was written."""
     directory = Path(args.load_dir)
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return HuggingFaceModel(directory, args.model_type, Weights(directory).get, dtype)
+    return HuggingFaceModel(directory, args.model_type, Weights(directory).get, _demanded_dtype(args))
+
+
+def _demanded_dtype(args: Namespace) -> torch.dtype | None:
+    """What weights are rounded to; None keeps each as it is, so that a round trip gives the same bits."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+
+
+def _usual_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The dtype that the configuration names (transformers 5: `dtype`, 4: `torch_dtype`)."""
+    known = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
 
 
 def _demand(kind: str, tensors: dict[str, torch.Tensor], md: Namespace, directory: Path) -> None:

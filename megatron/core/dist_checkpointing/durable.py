@@ -43,6 +43,7 @@ _LENGTHS_IN_ZIP_HEADER = 26
 _FIXES = {
     errno.ENOSPC: "free space on that file system or save elsewhere with --save",
     errno.EDQUOT: "raise the quota or save elsewhere with --save",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or save elsewhere with --save",
     errno.EACCES: "give this user permission there, or choose another directory",
     errno.EPERM: "give this user permission there, or choose another directory",
     errno.EROFS: "that file system is read-only: choose another directory",

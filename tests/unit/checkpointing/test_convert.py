@@ -329,6 +329,23 @@ def test_foreign_models_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_what_it_is(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The round trip through both of our formats gives the same bits in the same dtype, and --bf16 rounds."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TINY)).to(dtype)
+    model.save_pretrained(tmp_path / "hf")
+    for number, (loader, saver) in enumerate([("hf", "mcore"), ("mcore", "torch_dist"), ("mcore", "hf")]):
+        source = tmp_path / ("hf" if number == 0 else str(number - 1))
+        _convert("GPT", loader, saver, source, tmp_path / str(number))
+    original = safetensors_torch.load_file(tmp_path / "hf" / "model.safetensors")
+    assert {value.dtype for value in original.values()} == {dtype}
+    _assert_same(safetensors_torch.load_file(tmp_path / "2" / "model.safetensors"), original)
+    _convert("GPT", "hf", "mcore", tmp_path / "hf", tmp_path / "rounded", "--bf16")
+    assert {value.dtype for value in _model(tmp_path / "rounded").values()} == {torch.bfloat16}
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
