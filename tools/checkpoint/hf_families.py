@@ -13,9 +13,9 @@ from tools.checkpoint.hf_settings import Config
 FAMILIES = (LLAMA, MIXTRAL, GPT2, BERT, T5)
 
 _REFUSED = {
-    "t5": "relative position biases, unscaled attention and RMSNorm without means"
-    " (and in version 1.1 and mT5 a GELU gate)",
-    "mt5": "relative position biases, unscaled attention and a GELU gate",
+    "t5": "relative position biases in attention, for which Megatron's T5 has no weights (its positions are learned and"
+    " absolute: HuggingFace's blenderbot); also unscaled attention, ReLU or, in version 1.1, a GELU gate",
+    "mt5": "relative position biases in attention, for which Megatron's T5 has no weights, and a GELU gate",
     "bert": "norms after the residual connections; Megatron's BERT is megatron-bert",
     "qwen3": "query and key norms",
 }
