@@ -43,13 +43,20 @@ def find_prefixes(directory: str, output_prefix: str) -> list[str]:
 
 
 def merge(prefixes: list[str], output_prefix: str, multimodal: bool) -> None:
-    """Append the files in order. The first decides the token type."""
+    """Append the files in order. The first decides the token type. Files of that name stay until all are appended."""
     os.makedirs(os.path.dirname(output_prefix) or ".", exist_ok=True)
     dtype = TokenIndex.of_prefix(prefixes[0], multimodal).dtype
-    builder = IndexedDatasetBuilder(get_bin_path(output_prefix), dtype=dtype, multimodal=multimodal)
-    for prefix in prefixes:
-        builder.add_index(prefix)
-    builder.finalize(get_idx_path(output_prefix))
+    partial = f"{output_prefix}.partial"
+    builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=dtype, multimodal=multimodal)
+    try:
+        for prefix in prefixes:
+            builder.add_index(prefix)
+        builder.finalize(get_idx_path(partial))
+    except DataError:
+        os.unlink(get_bin_path(partial))
+        raise
+    os.replace(get_bin_path(partial), get_bin_path(output_prefix))
+    os.replace(get_idx_path(partial), get_idx_path(output_prefix))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
