@@ -95,7 +95,7 @@ def _load(source: Any, name: str | Path, *, mmap: bool | None, allow_unsafe_pick
                 raise CheckpointError(str(name), why, "use an earlier checkpoint") from error
             if refused[1].split(".")[0] not in _STAND_IN_ROOTS or len(stand_ins) >= _MOST_STAND_INS:
                 why = f"it refers to {refused[1]}, and loading it could run code"
-                fix = "use another file or, if you trust its author, pass --allow-unsafe-pickle"
+                fix = "use another file or, if you trust its author, load it in a training run with --allow-unsafe-pickle"
                 raise UnsafeFileError(str(name), why, fix) from None
             stand_ins.append((_stand_in(refused[1]), refused[1]))
         except (RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
