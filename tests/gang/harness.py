@@ -184,7 +184,7 @@ class Gang:
                         f"the process ended with status {worker.process.exitcode}"
                     )
                 if isinstance(results[worker.rank], _Failure):
-                    deadline = min(deadline, time.monotonic() + 3.0)
+                    deadline = min(deadline, time.monotonic() + 8.0)
         failures = {rank: reply.text for rank, reply in results.items() if isinstance(reply, _Failure)}
         if not failures and not waiting:
             return [results[rank] for rank in range(self.world_size)]
