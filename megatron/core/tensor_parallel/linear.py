@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from megatron.core import parallel_state
 from megatron.core.collectives import all_gather_single, reduce_scatter_single
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
+from megatron.core.fusions.linear import linear, uses_onednn
 from megatron.core.process_groups_config import group_size
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -70,13 +71,13 @@ class LinearWithFrozenWeight(torch.autograd.Function):
         """input [.., i], weight [o, i], bias [o] -> [.., o]."""
         ctx.save_for_backward(weight)
         ctx.group = _tensor_parallel_group(group) if allreduce_dgrad else None
-        return F.linear(input, weight, bias)
+        return linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """grad_output [.., o] -> gradient of the input [.., i], summed over the group if asked for."""
         (weight,) = ctx.saved_tensors
-        grad_input = grad_output.matmul(weight)
+        grad_input = linear(grad_output, weight.t())
         if group_size(ctx.group) > 1:
             dist.all_reduce(grad_input, group=ctx.group)
         return grad_input, None, None, None, None
@@ -115,7 +116,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
             assert group is not None, "gathering needs a group"
             input, work = _gather_start(input, group)
             work.wait()
-        return F.linear(input, weight, bias)
+        return linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,7 +128,7 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         gathered, gathering = input, None
         if ctx.gathers and wants_weight:
             gathered, gathering = _gather_start(input, ctx.group)
-        grad_input = grad_output.matmul(weight)
+        grad_input = linear(grad_output, weight.t())
         if gathering is not None:
             gathering.wait()
 
@@ -216,7 +217,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         bias = None if bias is None else bias.to(dtype)
     alone = group_size(_tensor_parallel_group(group)) == 1
     fuses = gradient_accumulation_fusion and hasattr(weight, "main_grad")
-    if alone and not fuses and grad_output_buffer is None:
+    if alone and not fuses and grad_output_buffer is None and not uses_onednn(input, weight):
         return F.linear(input, weight, bias)  # torch's own node: nothing to overlap or to accumulate
     return LinearWithGradAccumulationAndAsyncCommunication.apply(
         input,
