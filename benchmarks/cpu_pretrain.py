@@ -39,6 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from benchmarks.surroundings import processor
+
 ROOT = Path(__file__).resolve().parents[1]
 CLIP = 1.0
 
@@ -251,18 +253,12 @@ def environment(threads: int) -> dict[str, Any]:
     """What the figures depend on."""
     import transformers
 
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
     return {
         "command": " ".join(["python", "benchmarks/cpu_pretrain.py", *sys.argv[1:]]),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "clock": "CPU time" if threads == 1 else "wall",

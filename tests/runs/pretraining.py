@@ -46,6 +46,18 @@ def run_script(argv: list[str], script: str = "pretrain_gpt") -> str:
     return printed.getvalue()
 
 
+def amended(words: list[str], bad: str) -> list[str]:
+    """A command line with what a rule's counter-example adds; `-flag` in it takes `--flag` and its value away."""
+    words = list(words)
+    for word in bad.split():
+        if word.startswith("-") and not word.startswith("--"):
+            at = words.index("-" + word)
+            del words[at : at + 2]
+        else:
+            words.append(word)
+    return words
+
+
 def records(argv: list[str], script: str = "pretrain_gpt") -> list[dict[str, Any]]:
     """Body: run an entry script; what its last rank wrote to metrics.jsonl (nothing on the others)."""
     with tempfile.TemporaryDirectory() as folder:

@@ -25,7 +25,7 @@ from megatron.training.config import rules
 from megatron.training.setup import get_model
 from megatron.training.utils import unwrap_model
 from tests.gang.harness import run_gang
-from tests.runs.pretraining import Observed, compare, observe, records
+from tests.runs.pretraining import Observed, amended, compare, observe, records
 from tests.runs.test_resume import assert_same_runs, stop_and_resume
 from tests.unit.models import recorded
 
@@ -258,13 +258,7 @@ def refused(rule: Any, common: str, all_rules: list[Any], monkeypatch: pytest.Mo
     """A command line that breaks `rule` and no other; without what breaks it, none is broken."""
     monkeypatch.setenv("WORLD_SIZE", "12")
     for bad in ("", rule.bad):
-        words = common.split()
-        for word in bad.split():
-            if word.startswith("-") and not word.startswith("--"):
-                at = words.index("-" + word)
-                del words[at : at + 2]
-            else:
-                words.append(word)
+        words = amended(common.split(), bad)
         args = arguments.validate_args(arguments.parse_args(argv=words))
         if not bad:
             rules.check(args, all_rules)

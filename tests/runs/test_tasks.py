@@ -38,6 +38,7 @@ from tasks.race.data import RaceDataset
 from tasks.zeroshot_gpt.datasets import LambadaDataset
 from tests.gang.harness import GangError, run_gang
 from tests.reference import models as reference
+from tests.runs.pretraining import amended
 from tests.unit.tasks.support import RECORDED, expected, tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -447,13 +448,7 @@ def test_refuses_what_it_cannot_do(rule: Any, monkeypatch: pytest.MonkeyPatch) -
             if rule in FINETUNING
             else ["--task", "LAMBADA"]
         )
-        words += ["--valid-data", "b"]
-        for word in bad.split():
-            if word.startswith("-") and not word.startswith("--"):
-                at = words.index("-" + word)
-                del words[at : at + 2]
-            else:
-                words.append(word)
+        words = amended([*words, "--valid-data", "b"], bad)
         args = arguments.validate_args(arguments.parse_args(add_tasks_arguments, argv=words))
         if not bad:
             check_task(args)
