@@ -21,7 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
-from megatron.training.config import build
+from megatron.training.config import build, rules
 from megatron.training.context import TrainContext
 from megatron.training.global_vars import get_context
 from megatron.training.utils import print_line, print_rank_0, unwrap_model, update_use_dist_ckpt
@@ -95,12 +95,7 @@ def _build_chunks(
                 add_decoder=parallel_state.is_inside_decoder(stage),
             )
         ]
-    if args.encoder_pipeline_model_parallel_size:
-        raise FlagError(
-            "--encoder-pipeline-model-parallel-size, --pipeline-model-parallel-split-rank",
-            "the model has one stack of layers, so there is no encoder to give stages to",
-            "drop them, and divide the layers by --pipeline-model-parallel-size",
-        )
+    rules.check(args, rules.ONE_STACK)
     if args.virtual_pipeline_model_parallel_size is None or stages == 1:
         return [
             model_provider_func(

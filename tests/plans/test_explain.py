@@ -81,6 +81,7 @@ def test_world_size_of_the_environment() -> None:
         ("--profile nowhere.json " + TINY, "--profile nowhere.json"),
         (TINY + "--tensor-model-parallel-size 3", "--tensor-model-parallel-size"),
         (TINY.replace("--vocab-size 1023", ""), "--vocab-size"),
+        (TINY + "--encoder-pipeline-model-parallel-size 1 --world-size 2", "--encoder-pipeline-model"),
     ],
 )
 def test_mistakes_are_named(words: str, subject: str) -> None:

@@ -22,6 +22,7 @@ from megatron.core.timers import Timers
 from megatron.core.topology import Layout
 from megatron.core.transformer.layer_split import split_layers
 from megatron.training import global_vars
+from megatron.training.config import rules
 from megatron.training.context import TrainContext
 
 
@@ -67,6 +68,8 @@ def build(args: Namespace, script: str, machine: Capabilities) -> tuple[Stages, 
     """
     module = importlib.import_module(script)
     encoder_decoder = script == "pretrain_t5"
+    if not encoder_decoder:
+        rules.check(args, rules.ONE_STACK)
     stages, chunks = stages_of(args), args.virtual_pipeline_model_parallel_size or 1
     built: dict[tuple[Any, ...], tuple[Parameter, ...]] = {}
     result = []

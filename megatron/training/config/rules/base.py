@@ -17,6 +17,8 @@ GIVEN: list[Rule] = []
 DERIVED: list[Rule] = []
 #: Checked on the finished arguments of commands that train.
 TRAINING: list[Rule] = []
+#: Checked on the finished arguments when the layers of a model that is no encoder-decoder are divided.
+ONE_STACK: list[Rule] = []
 
 
 def check(args: Any, rules: Iterable[Rule]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.flags import rule
-from megatron.training.config.rules.base import DERIVED, GIVEN
+from megatron.training.config.rules.base import DERIVED, GIVEN, ONE_STACK
 from megatron.training.config.rules.model import total_layers
 
 
@@ -183,3 +183,11 @@ def buckets_hold_parameters(args: Any) -> bool:
       why="collectives that may take {a.distributed_timeout_minutes} minutes all fail", fix="give a positive number")
 def collectives_have_time(args: Any) -> bool:
     return args.distributed_timeout_minutes >= 1
+
+
+@rule(ONE_STACK, "--encoder-pipeline-model-parallel-size", "--pipeline-model-parallel-split-rank",
+      bad="--encoder-pipeline-model-parallel-size 1",
+      why="the model has one stack of layers, so there is no encoder to give stages to",
+      fix="drop them, and divide the layers by --pipeline-model-parallel-size")
+def no_stage_is_an_encoders(args: Any) -> bool:
+    return not args.encoder_pipeline_model_parallel_size
