@@ -109,7 +109,8 @@ def _split_and_gather() -> bool:
     whole = torch.arange(24.0).view(2, 3, 4)
     share = split_tensor_into_1d_equal_chunks(whole, new_buffer=True)
     own = torch.equal(share, torch.arange(24.0).chunk(dist.get_world_size())[dist.get_rank()])
-    return own and torch.equal(gather_split_1d_tensor(share), torch.arange(24.0))
+    shares = [gather_split_1d_tensor(share), gather_split_1d_tensor(share.view(2, -1))]
+    return own and all(torch.equal(gathered, torch.arange(24.0)) for gathered in shares)
 
 
 def test_flat_shares() -> None:

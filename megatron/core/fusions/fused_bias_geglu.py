@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.core.kernels.registry import register
 
@@ -25,6 +26,9 @@ def bias_geglu(bias: Tensor, y: Tensor) -> Tensor:
 def geglu_back(g: Tensor, y: Tensor) -> Tensor:
     """Gradient of `geglu`: g [..., f], y [..., 2f] -> [..., 2f]."""
     gate, up = torch.chunk(y, 2, -1)
+    if torch.is_grad_enabled():  # the caller may differentiate further, which writing into a buffer forbids
+        grad_gate = torch.ops.aten.gelu_backward(g * up, gate, approximate="tanh")
+        return torch.cat((grad_gate, g * F.gelu(gate, approximate="tanh")), -1)
     grad = torch.empty_like(y)
     grad_gate, grad_up = torch.chunk(grad, 2, -1)
     torch.mul(g, F.gelu(gate, approximate="tanh"), out=grad_up)
@@ -47,6 +51,7 @@ class BiasGeGLUFunction(torch.autograd.Function):
         return bias_geglu(bias, input)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor]:
         """grad_output [..., f] -> gradients of input [..., 2f] and bias [2f]."""
         input, bias = ctx.saved_tensors
@@ -64,6 +69,7 @@ class GeGLUFunction(torch.autograd.Function):
         return geglu(input)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         """grad_output [..., f] -> gradient of input [..., 2f]."""
         return geglu_back(grad_output, ctx.saved_tensors[0])

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron.core.kernels.registry import register
 
@@ -25,6 +26,9 @@ def bias_swiglu(y: Tensor, bias: Tensor) -> Tensor:
 def swiglu_back(g: Tensor, y: Tensor, activated: Tensor | None = None) -> Tensor:
     """Gradient of `swiglu`: g [..., f], y [..., 2f], silu(gate) [..., f] if at hand -> [..., 2f]."""
     gate, up = torch.chunk(y, 2, -1)
+    if torch.is_grad_enabled():  # the caller may differentiate further, which writing into a buffer forbids
+        sigmoid = torch.sigmoid(gate)
+        return torch.cat((g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid), -1)
     grad = torch.empty_like(y)
     grad_gate, grad_up = torch.chunk(grad, 2, -1)
     torch.mul(g, F.silu(gate) if activated is None else activated, out=grad_up)
@@ -51,6 +55,7 @@ class SwiGLUFunction(torch.autograd.Function):
         return activated * up
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         """grad_output [..., f] -> gradient of input [..., 2f]."""
         input, activated = ctx.saved_tensors
@@ -71,6 +76,7 @@ class BiasSwiGLUFunction(torch.autograd.Function):
         return bias_swiglu(input, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         """grad_output [..., f] -> gradients of input [..., 2f] and bias [2f]."""
         if ctx.has_bias:

@@ -150,6 +150,18 @@ class FusedScaleMaskSoftmax(nn.Module):
             return self.forward_fused_softmax(input, mask)
         return self.forward_torch_softmax(input, mask)
 
+    def _hides_the_future(self, input: Tensor, mask: Tensor | None) -> bool:
+        """Whether the causal rule applies: no mask is given, and one query alone (from a cache) may see every key."""
+        if self.attn_mask_type.name != "causal" or mask is not None or input.shape[-2] == 1:
+            return False
+        if input.shape[-2] != input.shape[-1]:
+            raise InvariantError(
+                "attention scores",
+                f"of {input.shape[-2]} queries and {input.shape[-1]} keys have no causal order of their own",
+                "give a mask",
+            )
+        return True
+
     def is_kernel_available(self, mask: Tensor | None, b: int, np: int, sq: int, sk: int) -> bool:
         """Whether the fused path will serve scores of this shape (the registry's kernels take every shape)."""
         return self._fused is not None
@@ -157,7 +169,7 @@ class FusedScaleMaskSoftmax(nn.Module):
     def forward_fused_softmax(self, input: Tensor, mask: Tensor | None) -> Tensor:
         """input [b, np, sq, sk] -> [b, np, sq, sk] by the chosen kernel."""
         fused = self._fused or masked_softmax
-        causal = self._is_causal and mask is None and input.shape[-2] > 1
+        causal = self._hides_the_future(input, mask)
         return fused(input, mask, 1.0 if self.scale is None else self.scale, causal)
 
     def forward_torch_softmax(self, input: Tensor, mask: Tensor | None) -> Tensor:
@@ -165,14 +177,10 @@ class FusedScaleMaskSoftmax(nn.Module):
         scores = input.float() if self.input_in_float16 and self.softmax_in_fp32 else input
         if self.scale is not None:
             scores = scores * self.scale
-        if self._is_causal and mask is None and input.shape[-2] > 1:
+        if self._hides_the_future(input, mask):
             mask = causal_mask(input.shape[-2], input.shape[-1], input.device)
         probs = torch.softmax(self.mask_func(scores, mask) if mask is not None else scores, dim=-1)
         return probs.to(input.dtype)
-
-    @property
-    def _is_causal(self) -> bool:
-        return self.attn_mask_type.name == "causal"
 
     @staticmethod
     def get_batch_per_block(sq: int, sk: int, b: int, np: int) -> int:

@@ -34,10 +34,10 @@ def split_tensor_into_1d_equal_chunks(
 
 
 def gather_split_1d_tensor(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
-    """The opposite of `split_tensor_into_1d_equal_chunks`: [n] -> [n * tp]. All ranks of the group must call."""
+    """The opposite of `split_tensor_into_1d_equal_chunks`: any shape of n values -> [n * tp]. All ranks must call."""
     group = parallel_state.get_tensor_model_parallel_group() if group is None else group
     gathered = tensor.new_empty(tensor.numel() * group_size(group))
-    all_gather_single(gathered, tensor.contiguous(), group=group)
+    all_gather_single(gathered, tensor.reshape(-1), group=group)
     return gathered
 
 
