@@ -15,7 +15,7 @@ WithBias = tuple[Tensor, "Tensor | None"]
 
 
 def _bias_dropout_add_func(x_with_bias: WithBias, residual: Tensor, prob: float, training: bool) -> Tensor:
-    """Eager reference. x, residual [s, b, h], bias [h] or None -> [s, b, h] in the wider of both dtypes.
+    """Eager reference. x, residual [s, b, h], bias [h] or [.., h] or None -> [s, b, h] in the wider of both dtypes.
 
     A residual stream in fp32 (`--fp32-residual-connection`) stays fp32; v0.9 narrowed it at the first
     addition.
@@ -65,14 +65,24 @@ def bias_dropout_add_unfused(training: bool) -> Callable[[WithBias, Tensor, floa
     return unfused
 
 
+def _with_bias_per_column(x_with_bias: WithBias) -> WithBias:
+    """A bias of more than one dimension is added here: the fused forms sum the gradient of theirs over all rows."""
+    x, bias = x_with_bias
+    if bias is None or bias.dim() == 1:
+        return x_with_bias
+    return x + bias, None
+
+
 def bias_dropout_add_fused_train(x_with_bias: WithBias, residual: Tensor, prob: float) -> Tensor:
-    """residual + dropout(x + bias): x, residual [s, b, h] -> [s, b, h]."""
-    return bias_dropout_add(x_with_bias[0], x_with_bias[1], residual, prob)
+    """residual + dropout(x + bias): x, residual [s, b, h], bias [h] or [.., h] or None -> [s, b, h]."""
+    x, bias = _with_bias_per_column(x_with_bias)
+    return bias_dropout_add(x, bias, residual, prob)
 
 
 def bias_dropout_add_fused_inference(x_with_bias: WithBias, residual: Tensor, prob: float) -> Tensor:
-    """residual + x + bias: x, residual [s, b, h] -> [s, b, h]; `prob` is ignored."""
-    return bias_dropout_add(x_with_bias[0], x_with_bias[1], residual, 0.0)
+    """residual + x + bias: x, residual [s, b, h], bias [h] or [.., h] or None -> [s, b, h]; `prob` is ignored."""
+    x, bias = _with_bias_per_column(x_with_bias)
+    return bias_dropout_add(x, bias, residual, 0.0)
 
 
 def get_bias_dropout_add(training: bool, fused: bool) -> Callable[[WithBias, Tensor, float], Tensor]:
@@ -87,10 +97,12 @@ def choose_bias_dropout_add(device: str, dtype: torch.dtype) -> Callable[..., An
     kernel = select("bias_dropout_add", Spec(device, dtype))
 
     def in_training(x_with_bias: WithBias, residual: Tensor, prob: float) -> Tensor:
-        return kernel(x_with_bias[0], x_with_bias[1], residual, prob)
+        x, bias = _with_bias_per_column(x_with_bias)
+        return kernel(x, bias, residual, prob)
 
     def in_inference(x_with_bias: WithBias, residual: Tensor, prob: float) -> Tensor:
-        return kernel(x_with_bias[0], x_with_bias[1], residual, 0.0)
+        x, bias = _with_bias_per_column(x_with_bias)
+        return kernel(x, bias, residual, 0.0)
 
     def get(training: bool, fused: bool) -> Callable[[WithBias, Tensor, float], Tensor]:
         if not fused:

@@ -81,7 +81,7 @@ def _cut_from_full(
     return torch.cat(pieces[rank::size], dim=placed.dim), full
 
 
-def _new_weight(
+def new_weight(
     shape: tuple[int, int],
     full_shape: tuple[int, int],
     placed: Placed,
@@ -185,7 +185,7 @@ class VocabParallelEmbedding(torch.nn.Module):
         )
         self.vocab_start_index, self.vocab_end_index = first, end
         self.num_embeddings_per_partition = end - first
-        self.weight, _ = _new_weight(
+        self.weight, _ = new_weight(
             (self.num_embeddings_per_partition, embedding_dim),
             (num_embeddings, embedding_dim),
             self.PLACEMENT["weight"],
@@ -376,7 +376,7 @@ class ColumnParallelLinear(_ParallelLinear):
 
         self.weight: Parameter | None = None
         if not skip_weight_param_allocation:
-            self.weight, full = _new_weight(
+            self.weight, full = new_weight(
                 (self.output_size_per_partition, input_size),
                 (output_size, input_size),
                 self._placed("weight", stride),
@@ -510,7 +510,7 @@ class RowParallelLinear(_ParallelLinear):
         if self.sequence_parallel and not input_is_parallel:
             raise RuntimeError("To enable `sequence_parallel`, `input_is_parallel` must be `True`")
         self.input_size_per_partition = divide(input_size, self.partitions)
-        self.weight, full = _new_weight(
+        self.weight, full = new_weight(
             (output_size, self.input_size_per_partition),
             (output_size, input_size),
             self._placed("weight", stride),

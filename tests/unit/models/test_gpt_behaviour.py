@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -132,3 +133,17 @@ def test_tokentypes_and_inputs_are_checked() -> None:
         model.embedding(ids, positions, tokentype_ids=ids)
     with pytest.raises(ValueError, match="one input tensor"):
         model.set_input_tensor([None, None])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_joint_takes_a_bias_of_any_shape(fused: bool) -> None:
+    """A bias per token, or one expanded to the stream's shape, as experts and older layers give them."""
+    x, bias, residual = torch.randn(3, 4, 2, 8, dtype=torch.float64).requires_grad_().unbind()
+    torch.manual_seed(3)
+    output = get_bias_dropout_add(True, fused)((x, bias), residual, 0.25)
+    added = (output - residual).detach()
+    kept = added != 0
+    torch.testing.assert_close(added, (x + bias).detach() / 0.75 * kept)
+    assert 0 < kept.double().mean() < 1
+    (gradient,) = torch.autograd.grad(output.sum(), bias)
+    torch.testing.assert_close(gradient, kept.double() / 0.75)

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -111,7 +112,9 @@ def test_dispatchers_compute_the_mixture(kind: str, topk: int) -> None:
     made = layer(moe_token_dispatcher_type=kind, moe_router_topk=topk, moe_router_pre_softmax=topk == 1)
     x = torch.randn(7, 3, 16, dtype=torch.float64)
     output, bias = made(x)
-    assert bias is None
+    assert (bias is None) == (kind != "allgather")
+    if bias is not None:  # v0.9 returns it apart, in the shape of the output, for the layer to add
+        output = output + bias
     torch.testing.assert_close(output, dense_mixture(made, x, *made.router(x)), rtol=1e-12, atol=1e-12)
     output.sum().backward()
     assert all(p.grad is not None for p in made.parameters())  # also of experts nobody chose
@@ -141,6 +144,33 @@ def test_grouped_experts_equal_sequential_ones() -> None:
         assert parameter.grad.norm().item() == pytest.approx(recorded_norms[name], rel=1e-5), name
 
 
+@pytest.mark.parametrize("drawn_on_host", [False, True])
+def test_grouped_experts_start_with_the_draws_of_sequential_ones(drawn_on_host: bool) -> None:
+    """One stream of draws, cut otherwise: the first expert's first matrix and the last one's last agree."""
+    common = {**BASE, "add_bias_linear": False, "params_dtype": torch.float32}
+    spec = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    made, states = [], get_cuda_rng_tracker().get_states()
+    for grouped in (False, True):
+        config = TransformerConfig(**common, use_cpu_initialization=drawn_on_host, moe_grouped_gemm=grouped)
+        get_cuda_rng_tracker().set_states(dict(states))
+        torch.manual_seed(3)
+        made.append(MoELayer(config, None if grouped else spec).experts)
+    sequential, grouped_experts = made
+    up = grouped_experts.weight1.view(4, -1, 16)
+    down = grouped_experts.weight2.view(4, 16, -1)
+    assert torch.equal(up[0], sequential.local_experts[0].linear_fc1.weight)
+    assert torch.equal(down[3], sequential.local_experts[3].linear_fc2.weight)
+
+
+def test_grouped_experts_without_tokens_get_zero_gradients() -> None:
+    experts = layer(moe_grouped_gemm=True, add_bias_linear=False).experts
+    rows = torch.randn(0, 16, dtype=torch.float64)
+    output, _ = experts(rows, torch.zeros(4))  # counts of any dtype
+    assert output.shape == (0, 16)
+    output.sum().backward()
+    assert not experts.weight1.grad.any() and not experts.weight2.grad.any()
+
+
 def test_permute_and_back() -> None:
     x = torch.randn(6, 4, dtype=torch.float64)
     indices = torch.tensor([[0, 2], [1, 0], [2, 1], [0, 1], [2, 0], [1, 2]])
@@ -156,7 +186,8 @@ def test_side_losses_reach_the_router_and_scale_with_the_main_loss() -> None:
     made.set_layer_number(1)
     x = torch.randn(5, 2, 16, dtype=torch.float64)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(4.0))
-    made(x)[0].sum().backward()
+    output, bias = made(x)
+    (output + bias).sum().backward()
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     actual = made.router.weight.grad.clone()
 

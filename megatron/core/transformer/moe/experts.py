@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.core import device, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import (
     ReplicaId,
     ShardedBase,
@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.tensor_parallel.layers import new_weight
+from megatron.core.tensor_parallel.placement import Placed
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -106,27 +106,19 @@ class GroupedMLP(MegatronModule):
         inner = divide(derived(config.ffn_hidden_size), ranks)
         self.inner = inner
         up = inner * (2 if config.gated_linear_unit else 1)
-        self.weight1 = self._new_weight((config.hidden_size, num_local_experts * up), 1, config.init_method)
-        self.weight2 = self._new_weight(
-            (num_local_experts * inner, config.hidden_size), 0, config.output_layer_init_method
+        expert_parallel = config.expert_model_parallel_size > 1
+
+        def weight(shape: tuple[int, int], dim: int, init_method: Any) -> torch.nn.Parameter:
+            whole = tuple(size * ranks if axis == dim else size for axis, size in enumerate(shape))
+            placed = Placed(dim=dim, over="tp", expert=expert_parallel)
+            rank = self.groups.rank("tp_ep" if extended else "tp")
+            return new_weight(shape, whole, placed, config, init_method, rank, ranks)[0]  # type: ignore[arg-type]
+
+        self.weight1 = weight((config.hidden_size, num_local_experts * up), 1, derived(config.init_method))
+        self.weight2 = weight(
+            (num_local_experts * inner, config.hidden_size), 0, derived(config.output_layer_init_method)
         )
         self.activation_func = config.activation_func
-
-    def _new_weight(self, shape: tuple[int, int], dim: int, init_method: Any) -> torch.nn.Parameter:
-        config = self.config
-        where = torch.device("cpu") if config.use_cpu_initialization else device.current()
-        weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=where))
-        expert_parallel = config.expert_model_parallel_size > 1
-        if config.perform_initialization:
-            tracker = get_cuda_rng_tracker()
-            state = (
-                tracker.fork(get_expert_parallel_rng_tracker_name()) if expert_parallel else tracker.fork()
-            )
-            with state:
-                init_method(weight)
-        set_tensor_model_parallel_attributes(weight, True, dim, 1)
-        weight.allreduce = not expert_parallel  # type: ignore[attr-defined]
-        return weight
 
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor) -> tuple[Tensor, None]:
         """Rows [n, h] ordered by expert, rows per expert [e/ep] -> rows [n, h]; partial sums where ffn is
@@ -135,7 +127,7 @@ class GroupedMLP(MegatronModule):
         experts, width = self.num_local_experts, self.config.hidden_size
         up = self.weight1.view(experts, width, -1)
         down = self.weight2.view(experts, -1, width)
-        parts = permuted_local_hidden_states.split(tokens_per_expert.tolist())
+        parts = permuted_local_hidden_states.split(tokens_per_expert.long().tolist())
         return torch.cat([self._activate(rows @ up[i]) @ down[i] for i, rows in enumerate(parts)]), None
 
     def _activate(self, rows: Tensor) -> Tensor:

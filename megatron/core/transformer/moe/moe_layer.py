@@ -100,19 +100,18 @@ class MoELayer(BaseMoELayer):
         self.tp_size = parallel_state.resolve(pg_collection).size("tp")
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [s/sp, b, h] -> [s/sp, b, h]; biases are already added."""
+        """hidden_states [s/sp, b, h] -> [s/sp, b, h] and what its experts' biases add to it, or None."""
         if self.training and self.tp_size > 1 and not self.config.sequence_parallel:
             raise ValueError(
                 "training experts with tensor parallelism needs sequence parallelism: add --sequence-parallel "
                 "(each tensor parallel rank must route tokens of its own)"
             )
         if self.config.moe_layer_recompute and self.training:
-            return tensor_parallel.checkpoint(self._route_and_run, False, hidden_states), None
-        return self._route_and_run(hidden_states), None
+            return tensor_parallel.checkpoint(self._route_and_run, False, hidden_states)
+        return self._route_and_run(hidden_states)
 
-    def _route_and_run(self, hidden_states: Tensor) -> Tensor:
+    def _route_and_run(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
         probs, indices = self.router(hidden_states)
         rows, per_expert = self.token_dispatcher.token_permutation(hidden_states, probs, indices)
         output, bias = self.experts(rows, per_expert)
-        output, _ = self.token_dispatcher.token_unpermutation(output, bias)
-        return output
+        return self.token_dispatcher.token_unpermutation(output, bias)

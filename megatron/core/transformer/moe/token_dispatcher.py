@@ -50,16 +50,12 @@ class MoETokenDispatcher(ABC):
         """
 
     @abstractmethod
-    def token_unpermutation(self, expert_output: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
-        """Rows [n, h] (and a bias per row) -> [s/sp, b, h], each token the weighted sum of its experts'
-        results.
+    def token_unpermutation(
+        self, expert_output: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows [n, h] (and a bias per row) -> [s/sp, b, h], each token the weighted sum of its experts' results,
+        and the same of the biases if they are not in that sum.
         """
-
-    def _with_bias(self, rows: Tensor, bias: Tensor | None, summed_over_tp: bool) -> Tensor:
-        """Add the experts' biases; where results of tensor parallel ranks are summed, each adds its share."""
-        if bias is None:
-            return rows
-        return rows + (bias / self.groups.size("tp") if summed_over_tp else bias)
 
 
 class MoEAllGatherTokenDispatcher(MoETokenDispatcher):
@@ -100,16 +96,22 @@ class MoEAllGatherTokenDispatcher(MoETokenDispatcher):
         self.token_of, self.prob_of = token_of[mine], prob_of[mine]
         return tokens.index_select(0, self.token_of), counts
 
-    def token_unpermutation(self, hidden_states: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
-        """As the base class says."""
-        rows = self._with_bias(hidden_states, bias, summed_over_tp=self.gathers)
+    def token_unpermutation(
+        self, hidden_states: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the base class says; biases come back apart."""
+        if bias is not None and self.gathers:
+            bias = bias / self.groups.size("tp")  # tensor parallel ranks hold the same biases, and are summed
+        return self._combine(hidden_states), None if bias is None else self._combine(bias)
+
+    def _combine(self, rows: Tensor) -> Tensor:
         weighted = rows * self.prob_of.unsqueeze(1)
         out = weighted.new_zeros(self.gathered_shape).index_add(0, self.token_of, weighted)
         if self.gathers:
             out = tensor_parallel.reduce_scatter_to_sequence_parallel_region_from_moe(
                 out, group=self.groups.tp_ep
             )
-        return out.view(self.hidden_shape), None
+        return out.view(self.hidden_shape)
 
 
 class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
@@ -171,8 +173,10 @@ class MoEAlltoAllTokenDispatcher(MoETokenDispatcher):
         return rows.index_select(0, self.order), arriving.sum((0, 1))
 
     def token_unpermutation(self, hidden_states: Tensor, bias: Tensor | None = None) -> tuple[Tensor, None]:
-        """As the base class says."""
-        rows = self._with_bias(hidden_states, bias, summed_over_tp=self.tp > 1)
+        """As the base class says; biases travel in the sum."""
+        rows = hidden_states
+        if bias is not None:
+            rows = rows + bias / self.tp  # tensor parallel ranks hold the same biases, and are summed
         rows = torch.empty_like(rows).index_copy(0, self.order, rows)
         if self.tp > 1:
             rows = tensor_parallel.reduce_scatter_to_sequence_parallel_region(
