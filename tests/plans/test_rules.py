@@ -182,6 +182,12 @@ def test_library_rules_raise_value_errors(rule: Rule) -> None:
     assert "TransformerConfig" in str(raised.value)
 
 
+def test_a_configuration_may_describe_no_model() -> None:
+    """Wrappers, schedules and optimizers are given one too: v0.9's own width, 0, is no mistake there."""
+    config = transformer_config.TransformerConfig(num_layers=1, num_attention_heads=1)
+    assert (config.hidden_size, config.ffn_hidden_size, config.kv_channels) == (0, 0, 0)
+
+
 def test_messages_are_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """What follows from the command line alone is printed by rank 0; what depends on a machine, once on each."""
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -251,8 +251,9 @@ def heads_exist(config: TransformerConfig) -> bool:
 
 @rule(SHAPE_RULES, "--hidden-size", bad="--hidden-size -64",
       why="a residual stream of width {a.hidden_size} holds nothing", fix="give a positive width")
-def width_is_positive(config: TransformerConfig) -> bool:
-    return config.hidden_size >= 1
+def width_is_not_negative(config: TransformerConfig) -> bool:
+    # 0, the default, is the width of a configuration that describes no model: wrappers and schedules take one too.
+    return config.hidden_size >= 0
 
 
 @rule(RULES, "--fp16", "--bf16", bad="--fp16 --bf16",
@@ -264,13 +265,13 @@ def one_half_precision(config: TransformerConfig) -> bool:
 @rule(RULES, "--ffn-hidden-size", bad="--ffn-hidden-size -4",
       why="an MLP of inner width {a.ffn_hidden_size} holds nothing", fix="give a positive width")
 def mlp_width_is_positive(config: TransformerConfig) -> bool:
-    return (config.ffn_hidden_size or 0) >= 1
+    return (config.ffn_hidden_size or 0) >= 1 or config.hidden_size == 0
 
 
 @rule(RULES, "--kv-channels", bad="--kv-channels -8",
       why="an attention head of size {a.kv_channels} holds nothing", fix="give a positive size")
 def head_size_is_positive(config: TransformerConfig) -> bool:
-    return (config.kv_channels or 0) >= 1
+    return (config.kv_channels or 0) >= 1 or config.hidden_size == 0
 
 
 @rule(RULES, "--num-attention-heads", "--tensor-model-parallel-size",

@@ -33,6 +33,12 @@ def width_given(args: Any) -> bool:
     return args.hidden_size is not None
 
 
+@rule(GIVEN, "--hidden-size", bad="--hidden-size 0", why="a residual stream of width 0 holds nothing",
+      fix="give a positive width")
+def width_is_some(args: Any) -> bool:
+    return args.hidden_size != 0
+
+
 @rule(GIVEN, "--num-attention-heads", bad="-num-attention-heads", why="the number of heads is not given",
       fix="give --num-attention-heads")
 def heads_given(args: Any) -> bool:
