@@ -56,5 +56,9 @@ class ScheduleError(ConfigError, RuntimeError):
     """A ConfigError where v0.9 raises RuntimeError, for the same reason."""
 
 
+class BlendError(DataError, IndexError):
+    """A DataError where v0.9 raises IndexError, for the same reason."""
+
+
 class TrainingError(MegatronError):
     """A run cannot go on: a loss or gradient is not a number, replicas disagree, a rank is lost."""

@@ -98,6 +98,10 @@ def test_recorded_blend_list(case: dict[str, Any]) -> None:
     assert (None if blend is None else list(blend)) == case["out"]
 
 
+def test_weights_may_be_numbers() -> None:
+    assert get_blend_from_list([1, "a", 2.5, "b"]) == (["a", "b"], [1.0, 2.5])
+
+
 def test_recorded_normalize() -> None:
     for weights, expected in UTIL["normalize"]:
         assert normalize(weights) == expected

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy
 
 from megatron.core.datasets.masked_dataset import MaskedWordPieceDataset, MaskedWordPieceDatasetConfig, padded
-from megatron.core.errors import ConfigError
+from megatron.core.errors import InvariantError
 
 
 @dataclass
@@ -20,7 +20,7 @@ class BERTMaskedWordPieceDatasetConfig(MaskedWordPieceDatasetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.classification_head is None:
-            raise ConfigError("classification_head", "is required by BERT datasets", "pass True or False")
+            raise InvariantError("classification_head", "is required by BERT datasets", "pass True or False")
 
 
 class BERTMaskedWordPieceDataset(MaskedWordPieceDataset):

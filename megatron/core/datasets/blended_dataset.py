@@ -17,7 +17,7 @@ from megatron.core.datasets.index_builder import blend_datasets
 from megatron.core.datasets.index_cache import IndexCache
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import normalize
-from megatron.core.errors import ConfigError, DataError
+from megatron.core.errors import BlendError, InvariantError
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -62,21 +62,23 @@ class BlendedDataset(torch.utils.data.Dataset):
     @staticmethod
     def _check(datasets: Sequence[MegatronDataset], weights: Sequence[float], size: int | None) -> None:
         if not 0 < len(datasets) < _MAX_DATASETS:
-            raise ConfigError(
+            raise InvariantError(
                 "blend", f"{len(datasets)} datasets; 1 to {_MAX_DATASETS - 1} can be blended", None
             )
         if len(weights) != len(datasets):
-            raise ConfigError("blend weights", f"{len(weights)} weights for {len(datasets)} datasets", None)
+            raise InvariantError(
+                "blend weights", f"{len(weights)} weights for {len(datasets)} datasets", None
+            )
         if len({type(dataset) for dataset in datasets}) > 1 or len({d.index_split for d in datasets}) > 1:
-            raise ConfigError("blend", "the datasets are not of one class and one split", None)
+            raise InvariantError("blend", "the datasets are not of one class and one split", None)
         if any(weight <= 0 for weight in weights) or len({type(weight) for weight in weights}) > 1:
-            raise ConfigError(
+            raise InvariantError(
                 "blend weights",
                 f"{list(weights)} are not all positive numbers of one type",
                 "drop the datasets of weight zero",
             )
         if size is None and not all(weight == int(weight) for weight in weights):
-            raise ConfigError("blend weights", "without a size they are sample counts, so integers", None)
+            raise InvariantError("blend weights", "without a size they are sample counts, so integers", None)
         if len(datasets) == 1:
             log_single_rank(logger, logging.WARNING, "Building a BlendedDataset for a single MegatronDataset")
 
@@ -120,7 +122,7 @@ class BlendedDataset(torch.utils.data.Dataset):
         used = numpy.bincount(dataset_index, minlength=len(self.datasets))
         for dataset, count in zip(self.datasets, used):
             if count > len(dataset):
-                raise DataError(
+                raise BlendError(
                     str(dataset.dataset_path),
                     f"The {self.split.name} blend oversamples (N = {count}) this dataset of {len(dataset)} samples",
                     "Set renormalize_blend_weights to True (--renormalize-blend-weights) and re-run",

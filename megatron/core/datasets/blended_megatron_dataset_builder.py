@@ -20,7 +20,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.coordination import build_in_turns, heartbeat
 from megatron.core.datasets.megatron_dataset import LowLevelDataset, MegatronDataset
 from megatron.core.datasets.utils import Split, normalize
-from megatron.core.errors import ConfigError, DataError
+from megatron.core.errors import DataError, InvariantError
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class BlendedMegatronDatasetBuilder:
         config: BlendedMegatronDatasetConfig,
     ) -> None:
         if len(sizes) != len(Split):
-            raise ConfigError("sizes", f"{len(sizes)} sizes for {len(Split)} splits", None)
+            raise InvariantError("sizes", f"{len(sizes)} sizes for {len(Split)} splits", None)
         self.cls, self.sizes, self.is_built_on_rank, self.config = cls, list(sizes), is_built_on_rank, config
         log_single_rank(
             logger,
@@ -75,10 +75,11 @@ class BlendedMegatronDatasetBuilder:
                 datasets.append(None)
                 continue
             spans: list[Span] = [(0.0, 1.0) if other == split else None for other in Split]
+            sizes = [size if other == split else 0 for other, size in zip(Split, self.sizes)]
             prefixes, weights = blend
             # One prefix that is a whole split needs no blend around it, whatever its weight.
             source = (prefixes, None) if len(prefixes) == 1 else (prefixes, weights)
-            datasets.append(self._build_source(source, spans, self.sizes)[split.value])
+            datasets.append(self._build_source(source, spans, sizes)[split.value])
         return datasets
 
     def _build_source(
@@ -239,7 +240,7 @@ def _sizes_per_prefix(
     if weights is None:
         return [[None] * len(sizes) for _ in range(prefixes)]
     if any(size is None for size in sizes):
-        raise ConfigError("sizes", f"{list(sizes)}: a weighted blend needs the size of every split", None)
+        raise InvariantError("sizes", f"{list(sizes)}: a weighted blend needs the size of every split", None)
     return [
         [math.ceil(size * weight * _SAMPLE_MARGIN) for size in sizes if size is not None]
         for weight in normalize(weights)

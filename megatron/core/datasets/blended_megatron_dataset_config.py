@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.datasets.utils import Split, normalize
-from megatron.core.errors import ConfigError
+from megatron.core.errors import InvariantError
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -63,22 +63,22 @@ class BlendedMegatronDatasetConfig:
 
     def __post_init__(self) -> None:
         if self.sequence_length is None or self.sequence_length < 1:
-            raise ConfigError(
+            raise InvariantError(
                 "sequence_length", f"{self.sequence_length} is not positive", "set --seq-length"
             )
         if self.num_dataset_builder_threads < 1:
-            raise ConfigError("num_dataset_builder_threads", "must be at least 1", "drop the option")
+            raise InvariantError("num_dataset_builder_threads", "must be at least 1", "drop the option")
         if self.blend_per_split is not None and any(self.blend_per_split):
             if self.blend is not None:
-                raise ConfigError("blend and blend_per_split", "are incompatible", "give one of them")
+                raise InvariantError("blend and blend_per_split", "are incompatible", "give one of them")
             if self.split is not None:
-                raise ConfigError(
+                raise InvariantError(
                     "--split",
                     "split and blend_per_split are incompatible",
                     "drop --split: each path is one split",
                 )
             if len(self.blend_per_split) != len(Split):
-                raise ConfigError(
+                raise InvariantError(
                     "blend_per_split", f"has {len(self.blend_per_split)} entries, not three", None
                 )
             return
@@ -92,7 +92,7 @@ class BlendedMegatronDatasetConfig:
                 logger, logging.INFO, f"Let split = {self.split}, an arbitrarily even split, as mock is True"
             )
         if self.split is None:
-            raise ConfigError(
+            raise InvariantError(
                 "--split", "one source for all splits must be divided", "for instance --split 969,30,1"
             )
         self.split_matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(self.split))
@@ -104,14 +104,14 @@ def parse_and_normalize_split(split: str) -> list[float]:
     try:
         shares = [float(text) for text in re.findall(r"[.0-9]+", split)]
     except ValueError as error:
-        raise ConfigError("--split", f"{split!r}: {error}", "for instance --split 969,30,1") from error
+        raise InvariantError("--split", f"{split!r}: {error}", "for instance --split 969,30,1") from error
     if len(shares) > len(Split):
-        raise ConfigError(
+        raise InvariantError(
             "--split", f"{split!r} has {len(shares)} numbers, more than three", "write train,valid,test"
         )
     shares += [0.0] * (len(Split) - len(shares))
     if sum(shares) == 0:
-        raise ConfigError(
+        raise InvariantError(
             "--split", f"{split!r} gives every split a share of zero", "for instance --split 969,30,1"
         )
     return normalize(shares)

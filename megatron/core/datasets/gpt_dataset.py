@@ -20,7 +20,7 @@ from megatron.core.datasets.megatron_tokenizer import MegatronTokenizer
 from megatron.core.datasets.packing import document_attention_mask, document_position_ids
 from megatron.core.datasets.utils import Split
 from megatron.core.datasets.utils_s3 import S3Config
-from megatron.core.errors import ConfigError, DataError
+from megatron.core.errors import DataError, InvariantError
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class GPTDatasetConfig(BlendedMegatronDatasetConfig):
         super().__post_init__()
         for name in ("tokenizer", "reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
             if getattr(self, name) is None:
-                raise ConfigError(name, "is required by GPT datasets", f"pass {name}= to GPTDatasetConfig")
+                raise InvariantError(name, "is required by GPT datasets", f"pass {name}= to GPTDatasetConfig")
 
 
 class GPTDataset(MegatronDataset):

@@ -17,7 +17,7 @@ from megatron.core.datasets.index_cache import IndexCache
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import LowLevelDataset, MegatronDataset
 from megatron.core.datasets.utils import Split
-from megatron.core.errors import ConfigError
+from megatron.core.errors import InvariantError
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -59,27 +59,27 @@ class MaskedWordPieceDatasetConfig(BlendedMegatronDatasetConfig):
         names = [name for name in MaskedWordPieceDatasetConfig.__annotations__ if getattr(self, name) is None]
         if self.tokenizer is None or names:
             missing = ", ".join(["tokenizer"] * (self.tokenizer is None) + names)
-            raise ConfigError(missing, "required by masked datasets", "pass it to the dataset config")
+            raise InvariantError(missing, "required by masked datasets", "pass it to the dataset config")
         assert self.masking_probability is not None and self.short_sequence_probability is not None, (
             "checked above"
         )
         assert self.masking_max_ngram is not None, "checked above"
         if not 0 < self.masking_probability < 1:
-            raise ConfigError(
+            raise InvariantError(
                 "--mask-prob", f"{self.masking_probability} is not between 0 and 1", "for instance 0.15"
             )
         if not 0 <= self.short_sequence_probability <= 1:
-            raise ConfigError(
+            raise InvariantError(
                 "--short-seq-prob",
                 f"{self.short_sequence_probability} is not within 0 and 1",
                 "for instance 0.1",
             )
         if self.masking_max_ngram < 1:
-            raise ConfigError(
+            raise InvariantError(
                 "masking_max_ngram", f"{self.masking_max_ngram} is not positive", "for instance 3"
             )
         if self.masking_use_geometric_distribution and self.masking_do_permutation:
-            raise ConfigError(
+            raise InvariantError(
                 "masking", "geometric n-grams and permutation exclude each other", "switch one off"
             )
 

@@ -12,7 +12,7 @@ from megatron.core.datasets.masked_dataset import (
     MaskedWordPieceDatasetConfig,
     padded,
 )
-from megatron.core.errors import ConfigError, DataError
+from megatron.core.errors import DataError, InvariantError
 
 
 @dataclass
@@ -32,9 +32,9 @@ class T5MaskedWordPieceDatasetConfig(MaskedWordPieceDatasetConfig):
         super().__post_init__()
         self.sequence_length_encoder = self.sequence_length
         if self.sequence_length_decoder is None:
-            raise ConfigError("--decoder-seq-length", "is required by T5 datasets", "for instance 128")
+            raise InvariantError("--decoder-seq-length", "is required by T5 datasets", "for instance 128")
         if not getattr(self.tokenizer, "additional_special_tokens_ids", None):
-            raise ConfigError(
+            raise InvariantError(
                 "--vocab-extra-ids",
                 "T5 marks masked spans with extra ids, the tokenizer has none",
                 "for instance --vocab-extra-ids 100",

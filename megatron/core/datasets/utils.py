@@ -8,7 +8,7 @@ from enum import Enum
 
 import numpy
 
-from megatron.core.errors import ConfigError
+from megatron.core.errors import ConfigError, InvariantError
 
 
 class Split(Enum):
@@ -36,15 +36,17 @@ def normalize(weights: Sequence[float]) -> list[float]:
     return (values / total).tolist()
 
 
-def _as_weight(text: str) -> float | None:
+def _as_weight(item: str | float) -> float | None:
     try:
-        return float(text)
+        return float(item)
     except ValueError:
         return None
 
 
-def get_blend_from_list(blend: Sequence[str] | None) -> tuple[list[str], list[float] | None] | None:
-    """Read a data-path list: `prefix ...` or `weight prefix weight prefix ...`.
+def get_blend_from_list(
+    blend: Sequence[str | float] | None,
+) -> tuple[list[str], list[float] | None] | None:
+    """Read a data-path list: `prefix ...` or `weight prefix weight prefix ...`, weights as text or as numbers.
 
     Returns (prefixes, weights); weights is None for a plain list. A list of odd length, or one where no
     first-of-a-pair reads as a number, is a plain list.
@@ -52,17 +54,19 @@ def get_blend_from_list(blend: Sequence[str] | None) -> tuple[list[str], list[fl
     if blend is None:
         return None
     if len(blend) == 0:
-        raise ConfigError("--data-path", "the list of data paths is empty", "name at least one path prefix")
-    plain = [item.strip() for item in blend]
+        raise InvariantError(
+            "--data-path", "the list of data paths is empty", "name at least one path prefix"
+        )
+    plain = [str(item).strip() for item in blend]
     if len(blend) % 2:
         return plain, None
-    weights = [_as_weight(text) for text in blend[0::2]]
+    weights = [_as_weight(item) for item in blend[0::2]]
     readable = [weight for weight in weights if weight is not None]
     if len(readable) == len(weights):
         return plain[1::2], readable
     first_unreadable = weights.index(None)
     if any(weight is not None for weight in weights[first_unreadable:]):
-        raise ConfigError(
+        raise InvariantError(
             "--data-path",
             f"{blend[2 * first_unreadable]!r} stands where a weight is expected, but later pairs have weights",
             "write `weight prefix weight prefix ...`, or prefixes only",

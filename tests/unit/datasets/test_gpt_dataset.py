@@ -255,6 +255,16 @@ def test_blend_leaves_out_what_has_no_sample(tmp_path: Path, caplog: pytest.LogC
     assert "1 of 2 datasets have no sample in the valid split" in caplog.text
 
 
+def test_splits_with_blends_of_their_own_need_sizes_of_their_own_only(tmp_path: Path) -> None:
+    a, b = (write_documents(tmp_path / name, [[1, 2, 3, 4, 5]] * 30) for name in "ab")
+    config = gpt_config("", blend=None, split=None, blend_per_split=[([a, b], [3.0, 1.0]), None, None])
+    train, valid, test = build(config, (20, None, None))
+    assert len(train) >= 20 and valid is None and test is None
+    assert sum(int(train[i]["dataset_id"]) == 0 for i in range(20)) == 15
+    with pytest.raises(AssertionError, match="weighted blend needs the size"):
+        build(config, (None, None, None))
+
+
 def test_oversampling_blend_is_refused(tmp_path: Path) -> None:
     from megatron.core.datasets.blended_dataset import BlendedDataset
 
@@ -263,6 +273,8 @@ def test_oversampling_blend_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"blend oversamples \(N = 50\) .* Set renormalize_blend_weights to True"
     ):
+        BlendedDataset([dataset, dataset], [0.5, 0.5], 100, dataset.config)
+    with pytest.raises(IndexError, match="oversamples"):  # which is what v0.9's callers catch
         BlendedDataset([dataset, dataset], [0.5, 0.5], 100, dataset.config)
     with pytest.raises(ConfigError, match="not all positive"):
         BlendedDataset([dataset, dataset], [0.5, 0.0], 10, dataset.config)
