@@ -15,9 +15,30 @@ PACKAGE = "megatron.training.tokenizer"
 DEFAULT_SIZE_DIVISOR = 128
 
 
-def _class(module: str, name: str) -> Callable[..., MegatronTokenizer]:
+#: v0.9 has all of these in this module. Here each lives beside its engine, which is imported when it is asked for.
+_HOMES = {
+    "_BertWordPieceTokenizer": "bert_tokenization",
+    "_GPT2BPETokenizer": "gpt2_tokenization",
+    "_SentencePieceTokenizer": "sentencepiece",
+    "_GPTSentencePieceTokenizer": "sentencepiece",
+    "_Llama2Tokenizer": "sentencepiece",
+    "_HuggingFaceTokenizer": "huggingface",
+    "CustomTikTokenizer": "tiktoken",
+    "reload_mergeable_ranks": "tiktoken",
+    "_NullTokenizer": "null",
+}
+
+
+def _class(name: str) -> Callable[..., MegatronTokenizer]:
     """A tokenizer class by name: only the chosen type's module, and so its engine, is imported."""
-    return getattr(import_module(f"{PACKAGE}.{module}"), name)
+    return getattr(import_module(f"{PACKAGE}.{_HOMES[name]}"), name)
+
+
+def __getattr__(name: str) -> Any:
+    """The same for importers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _class(name)
 
 
 def _file(args: argparse.Namespace, flag: str) -> str:
@@ -32,29 +53,29 @@ def _file(args: argparse.Namespace, flag: str) -> str:
 
 def _bert(args: argparse.Namespace, lower_case: bool) -> MegatronTokenizer:
     extra_ids = getattr(args, "vocab_extra_ids", 0)
-    return _class("bert_tokenization", "_BertWordPieceTokenizer")(
+    return _class("_BertWordPieceTokenizer")(
         vocab_file=_file(args, "--vocab-file"), lower_case=lower_case, vocab_extra_ids=extra_ids
     )
 
 
 def _gpt2(args: argparse.Namespace) -> MegatronTokenizer:
-    return _class("gpt2_tokenization", "_GPT2BPETokenizer")(
+    return _class("_GPT2BPETokenizer")(
         _file(args, "--vocab-file"), _file(args, "--merge-file"), engine=getattr(args, "bpe_engine", "auto")
     )
 
 
 def _sentencepiece(args: argparse.Namespace) -> MegatronTokenizer:
-    return _class("sentencepiece", "_SentencePieceTokenizer")(
+    return _class("_SentencePieceTokenizer")(
         _file(args, "--tokenizer-model"), vocab_extra_ids=getattr(args, "vocab_extra_ids", 0)
     )
 
 
 def _gpt_sentencepiece(args: argparse.Namespace) -> MegatronTokenizer:
-    return _class("sentencepiece", "_GPTSentencePieceTokenizer")(_file(args, "--tokenizer-model"))
+    return _class("_GPTSentencePieceTokenizer")(_file(args, "--tokenizer-model"))
 
 
 def _llama2(args: argparse.Namespace) -> MegatronTokenizer:
-    return _class("sentencepiece", "_Llama2Tokenizer")(_file(args, "--tokenizer-model"))
+    return _class("_Llama2Tokenizer")(_file(args, "--tokenizer-model"))
 
 
 def _huggingface(args: argparse.Namespace, **kwargs: Any) -> MegatronTokenizer:
@@ -63,7 +84,7 @@ def _huggingface(args: argparse.Namespace, **kwargs: Any) -> MegatronTokenizer:
             "--tokenizer-model",
             "--tokenizer-type HuggingFaceTokenizer needs a directory, hub name or tokenizer.json",
         )
-    return _class("huggingface", "_HuggingFaceTokenizer")(args.tokenizer_model, **kwargs)
+    return _class("_HuggingFaceTokenizer")(args.tokenizer_model, **kwargs)
 
 
 def _tiktoken(args: argparse.Namespace) -> MegatronTokenizer:
@@ -85,7 +106,7 @@ def _tiktoken(args: argparse.Namespace) -> MegatronTokenizer:
 def _null(args: argparse.Namespace) -> MegatronTokenizer:
     if args.vocab_size is None:
         raise FlagError("--vocab-size", "--tokenizer-type NullTokenizer needs it", "add --vocab-size N")
-    return _class("null", "_NullTokenizer")(args.vocab_size)
+    return _class("_NullTokenizer")(args.vocab_size)
 
 
 TOKENIZERS: dict[str, Callable[..., MegatronTokenizer]] = {

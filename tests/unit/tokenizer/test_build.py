@@ -94,3 +94,17 @@ def test_only_the_chosen_engine_is_imported(name: str, engines: list[str]) -> No
         check=True,
     )
     assert sorted(json.loads(result.stdout)) == engines
+
+
+def test_every_class_is_found_where_v09_has_it() -> None:
+    """Its scripts and tests import tokenizers from megatron.training.tokenizer.tokenizer."""
+    from megatron.training.tokenizer.tokenizer import (
+        CustomTikTokenizer,
+        _NullTokenizer,
+        reload_mergeable_ranks,
+    )
+
+    assert _NullTokenizer(vocab_size=8).eod == 8
+    assert CustomTikTokenizer.__module__ == reload_mergeable_ranks.__module__
+    with pytest.raises(ImportError, match="_OtherTokenizer"):
+        from megatron.training.tokenizer.tokenizer import _OtherTokenizer  # noqa: F401
