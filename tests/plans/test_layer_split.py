@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import pytest
+import torch
 
+from megatron.core import parallel_state
 from megatron.core.errors import ConfigError
-from megatron.core.transformer.layer_split import layers_per_stage, split_layers
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.layer_split import layers_here, layers_per_stage, split_layers
 from megatron.core.transformer.recompute import Segment, plan_recompute
 
 
@@ -65,6 +70,37 @@ def test_every_layer_once_in_order(standalone: bool) -> None:
 def test_refusals_name_the_flag(arguments: tuple, flag: str) -> None:
     with pytest.raises(ConfigError, match=flag):
         split_layers(*arguments)
+
+
+def config(stages: int, **others: Any) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=8,
+        hidden_size=8,
+        num_attention_heads=2,
+        pipeline_model_parallel_size=stages,
+        pipeline_dtype=torch.float32,
+        **others,
+    )
+
+
+def test_the_process_says_which_chunk_is_built() -> None:
+    """As in v0.9 the virtual pipeline is what `initialize_model_parallel` or the setters were told, not the config."""
+    second_stage = ProcessGroupCollection(assumed_sizes={"pp": 2}, assumed_ranks={"pp": 1})
+    with parallel_state.standing_at(second_stage):
+        assert layers_here(config(2)) == range(4, 8)
+        assert layers_here(config(2, virtual_pipeline_model_parallel_size=2)) == range(4, 8)
+    for chunk, layers in enumerate((range(2, 4), range(6, 8))):
+        with parallel_state.standing_at(second_stage, chunk, 2):
+            assert layers_here(config(2)) == layers
+
+
+def test_a_configuration_of_one_stage_is_built_whole_on_any() -> None:
+    third_stage = ProcessGroupCollection(assumed_sizes={"pp": 4}, assumed_ranks={"pp": 2})
+    with parallel_state.standing_at(third_stage):
+        with pytest.warns(UserWarning, match="stage 2 of a pipeline.*all 8 layers"):
+            assert layers_here(config(1)) == range(8)
+        with pytest.raises(ConfigError, match="the config says 2 stages"):
+            layers_here(config(2))
 
 
 def test_uneven_stages() -> None:
