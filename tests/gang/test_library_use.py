@@ -62,6 +62,29 @@ def test_schedules_drive_any_module(stages: int, chunks: int | None) -> None:
     assert all(reported == [] for reported in others)
 
 
+def one_iterator_for_two_chunks() -> str:
+    """Body: the error of an interleaved pipeline whose chunks would share an iterator."""
+    parallel_state.initialize_model_parallel(1, 2, 2)
+    model: Any = torch.nn.Linear(4, 1)
+    model.model_type = ModelType.encoder_or_decoder
+    model.config = ModelParallelConfig(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
+    with pytest.raises(AssertionError) as raised:
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=range(9),
+            model=[model, model],
+            num_microbatches=2,
+            seq_length=4,
+            micro_batch_size=2,
+        )
+    return str(raised.value)
+
+
+def test_each_chunk_needs_an_iterator() -> None:
+    for said in run_gang(2, one_iterator_for_two_chunks):
+        assert "one iterator for each of the 2 model chunks" in said
+
+
 def uneven_microbatches() -> str:
     """Body: the error of an interleaved pipeline whose microbatches do not divide."""
     with pytest.raises(RuntimeError) as raised:

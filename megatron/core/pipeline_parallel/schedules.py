@@ -156,7 +156,7 @@ def forward_backward_pipelining_with_interleaving(
         )
     return _run(
         Geometry(_stage(), _stages(), len(chunks)),
-        list(data_iterator) if isinstance(data_iterator, Sequence) else [data_iterator] * len(chunks),
+        _one_each(data_iterator, len(chunks)),
         chunks,
         forward_step_func,
         num_microbatches,
@@ -297,6 +297,22 @@ def _only(value: Any, what: str) -> list[Any]:
             "pass virtual_pipeline_model_parallel_size to initialize_model_parallel",
         )
     return list(value)
+
+
+def _one_each(data_iterators: Any, chunks: int) -> list[Any]:
+    """The iterator of each chunk; None serves stages that read no data. InvariantError for another number of them.
+
+    Every chunk reads the same microbatches, so chunks that shared one iterator would each get a part of them.
+    """
+    if data_iterators is None:
+        return [None] * chunks
+    if not isinstance(data_iterators, (list, tuple)) or len(data_iterators) != chunks:
+        raise InvariantError(
+            "data_iterator",
+            f"the interleaved schedule takes a list with one iterator for each of the {chunks} model chunks",
+            "make as many iterators over the same data",
+        )
+    return list(data_iterators)
 
 
 @contextlib.contextmanager
