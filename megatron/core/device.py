@@ -160,6 +160,24 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if available() else "cpu"
 
 
+def sensors() -> tuple[int, int, int, int]:
+    """Temperature in C, power in mW, utilisation in % and clock in MHz of the accelerator; zeros where none can be read.
+
+    torch reads them through the package pynvml.
+    """
+    if not available():
+        return 0, 0, 0, 0
+    try:
+        return (
+            torch.cuda.temperature(),
+            torch.cuda.power_draw(),
+            torch.cuda.utilization(),
+            torch.cuda.clock_rate(),
+        )
+    except (ModuleNotFoundError, RuntimeError):
+        return 0, 0, 0, 0
+
+
 def is_half(dtype: torch.dtype) -> bool:
     """True for the two 16-bit floating types."""
     return dtype in (torch.float16, torch.bfloat16)

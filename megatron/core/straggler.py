@@ -111,12 +111,15 @@ class StragglerDetector:
         self._open = None
         self._is_data = False
 
-    def elapsed(self) -> tuple[float, float]:
-        """Milliseconds since the last reset: (device time, host time fetching data). Waits for the device."""
+    def elapsed(self) -> tuple[float, float, int, int, int, int]:
+        """Since the last reset (device time, host time fetching data) in ms, then `device.sensors()` as it is now.
+
+        Waits for the device.
+        """
         device.synchronize()
         on_device = sum(each.start.elapsed_time(each.stop) for each in self._intervals if not each.is_data)
         fetching = sum(each.host_ms for each in self._intervals if each.is_data)
-        return on_device, fetching
+        return on_device, fetching, *device.sensors()
 
     def report(self, total_flops: float = 0.0, log_interval: int = 0) -> bool:
         """Log the slowest and fastest ranks since the last report; True if this rank logged. All ranks must call.
@@ -129,7 +132,7 @@ class StragglerDetector:
         dist.broadcast(wanted, src=0)
         logged = False
         if not self._off:
-            elapsed_ms, fetching_ms = self.elapsed()
+            elapsed_ms, fetching_ms = self.elapsed()[:2]
             mine = torch.tensor([elapsed_ms, fetching_ms], device=device.current())
             everyone = [torch.empty_like(mine) for _ in range(self._world)]
             dist.all_gather(everyone, mine)
@@ -170,7 +173,9 @@ class StragglerDetector:
                 with connection:
                     connection.recv(4096)
                     self._wanted = not self._wanted
-                    text = f"straggler detection {'on' if self._wanted else 'off'} from the next report\n"
+                    text = (
+                        f"straggler detection turned {'ON' if self._wanted else 'OFF'} from the next report\n"
+                    )
                     head = (
                         f"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: {len(text)}\r\n\r\n"
                     )

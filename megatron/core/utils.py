@@ -13,13 +13,16 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import device
+
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 T = TypeVar("T")
 InitMethod = Callable[[Tensor], Any]
@@ -61,13 +64,15 @@ def divide(numerator: int, denominator: int) -> int:
 
 
 @functools.cache
-def get_te_version() -> tuple[int, ...] | None:
-    """Release numbers of the installed Transformer Engine, e.g. (1, 9, 0), or None without it."""
+def get_te_version() -> Version | None:
+    """The installed Transformer Engine's version, a `packaging.version.Version`, or None without it."""
     try:
-        version = importlib.metadata.version("transformer-engine")
+        text = importlib.metadata.version("transformer-engine")
     except importlib.metadata.PackageNotFoundError:
         return None
-    return _release(version)
+    from packaging.version import Version  # optional: Transformer Engine brings it along
+
+    return Version(text)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -86,8 +91,9 @@ def is_te_min_version(version: str, check_equality: bool = True) -> bool:
     installed = get_te_version()
     if installed is None:
         return False
+    # Release numbers alone: a development version counts as the release it leads to.
     wanted = _release(version)
-    return installed >= wanted if check_equality else installed > wanted
+    return installed.release >= wanted if check_equality else installed.release > wanted
 
 
 def is_float8tensor(tensor: Tensor) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import math
 
 import pytest
 import torch
+from packaging.version import Version
 
 from megatron.core import device, utils
 from megatron.core.inference_params import InferenceParams
@@ -31,10 +33,20 @@ def test_divide_is_exact() -> None:
 def test_te_versions_compare_as_numbers(
     installed: str | None, wanted: str, equal_counts: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        utils, "get_te_version", lambda: None if installed is None else utils._release(installed)
-    )
-    assert utils.is_te_min_version(wanted, check_equality=equal_counts) is expected
+    def version(name: str) -> str:
+        assert name == "transformer-engine"
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    utils.get_te_version.cache_clear()
+    try:
+        found = utils.get_te_version()
+        assert found == (None if installed is None else Version(installed))
+        assert utils.is_te_min_version(wanted, check_equality=equal_counts) is expected
+    finally:
+        utils.get_te_version.cache_clear()
 
 
 class _Wrapper(torch.nn.Module):
@@ -163,3 +175,5 @@ def test_straggler_detector_is_harmless_when_off() -> None:
     with pytest.raises(KeyError), detector:
         raise KeyError("passes through")
     assert not detector.enabled and detector.report(1.0, 1) is False
+    detector.reset()
+    assert detector.elapsed()[:2] == (0, 0) and len(detector.elapsed()) == 6
