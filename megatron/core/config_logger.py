@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron.core import parallel_state
+from megatron.core.errors import InvariantError
 
 _counts: Counter[str] = Counter()
 
@@ -58,12 +59,14 @@ class JSONEncoderWithMcoreTypes(json.JSONEncoder):
 def log_config_to_disk(config: Any, dict_data: Mapping[str, Any], prefix: str = "") -> None:
     """Write `dict_data` to `<directory>/<prefix>.rank_<tp>_<dp>_<cp>_<pp>_<ep>.iter<n>.json`.
 
-    Values that hold `self` are left out, and `prefix` is the class of `self` if it is empty. ValueError if the
+    Values that hold `self` are left out, and `prefix` is the class of `self` if it is empty. InvariantError if the
     configuration names no directory.
     """
     folder = get_config_logger_path(config)
     if not folder:
-        raise ValueError("config_logger_dir is empty: set it, or ask has_config_logger_enabled first")
+        raise InvariantError(
+            "config_logger_dir", "is empty", "set it, or ask has_config_logger_enabled first"
+        )
     Path(folder).mkdir(parents=True, exist_ok=True)
     owner = dict_data.get("self")
     stem = f"{prefix or type(owner).__name__}.rank_{parallel_state.get_all_ranks()}"

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron.core.errors import InvariantError
+
 
 class InferenceParams:
     """Key/value cache and read positions of one generation batch.
@@ -29,7 +31,7 @@ class InferenceParams:
             raise ValueError("swap_key_value_dict: the cache is empty; run a forward step first")
         for layer, (keys, values) in self.key_value_memory_dict.items():
             if len(batch_idx) != keys.shape[1]:
-                raise ValueError(
-                    f"swap_key_value_dict: {len(batch_idx)} indices for a cached batch of {keys.shape[1]}"
+                raise InvariantError(
+                    "swap_key_value_dict", f"{len(batch_idx)} indices for a cached batch of {keys.shape[1]}"
                 )
             self.key_value_memory_dict[layer] = (keys[:, batch_idx], values[:, batch_idx])

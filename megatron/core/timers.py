@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import device
 from megatron.core.collectives import all_gather_single
+from megatron.core.errors import InvariantError
 
 #: Width to which a label is filled up with dots.
 _LABEL_WIDTH = 48
@@ -130,15 +131,17 @@ class Timers:
     """All timers of a run. `timers("forward-backward", log_level=1).start()` .. `.stop()`.
 
     log_level 0-2: timers above it do nothing. log_option: what is reported over the ranks, `max`, `minmax` or
-    `all`. ValueError for another level or option.
+    `all`. InvariantError for another level or option.
     """
 
     def __init__(self, log_level: int, log_option: str) -> None:
         self._max_log_level = 2
         if log_option not in _OPTIONS:
-            raise ValueError(f"timing log option {log_option!r} is none of {', '.join(_OPTIONS)}")
+            raise InvariantError("--timing-log-option", f"{log_option!r} is none of {', '.join(_OPTIONS)}")
         if not 0 <= log_level <= self._max_log_level:
-            raise ValueError(f"timing log level {log_level} is not between 0 and {self._max_log_level}")
+            raise InvariantError(
+                "--timing-log-level", f"{log_level} is not between 0 and {self._max_log_level}"
+            )
         self._log_level = log_level
         self._log_option = log_option
         self._timers: dict[str, Timer] = {}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 
+from megatron.core.errors import InvariantError
+
 EmbeddingRanks = Callable[[list[int]], list[int]]
 
 #: The axes an order may name. An axis left out of the order is appended if its size is one.
@@ -161,12 +163,14 @@ class Layout:
             if getattr(self, name) < least:
                 raise RuntimeError(f"the {name} size must be at least {least}, got {getattr(self, name)}")
         if self.encoder_tp and not self.encoder_pp:
-            raise RuntimeError(
-                "an encoder tensor-parallel size needs encoder pipeline stages (encoder pipeline size > 0)"
+            raise InvariantError(
+                "encoder_tensor_model_parallel_size",
+                "an encoder with ranks of its own needs pipeline stages",
+                "set encoder_pipeline_model_parallel_size",
             )
         if self.encoder_tp > self.tp or (self.encoder_tp and self.tp % self.encoder_tp):
-            raise RuntimeError(
-                f"the encoder's tensor-parallel size {self.encoder_tp} must divide the decoder's {self.tp}"
+            raise InvariantError(
+                "encoder_tensor_model_parallel_size", f"{self.encoder_tp} must divide the decoder's {self.tp}"
             )
         if self.world_size % self.model_size:
             raise RuntimeError(

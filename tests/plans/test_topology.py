@@ -137,13 +137,23 @@ def test_pipelines_join_encoder_and_decoder_of_one_replica(order: str) -> None:
     [
         ({"world_size": 6, "tp": 4}, "world size .6. is not divisible"),
         ({"world_size": 4, "ep": 3}, "expert-parallel size"),
-        ({"world_size": 4, "encoder_tp": 1}, "encoder pipeline"),
-        ({"world_size": 6, "tp": 2, "encoder_tp": 4, "encoder_pp": 1}, "must divide"),
         ({"world_size": 4, "tp": 0}, "at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, int], text: str) -> None:
     with pytest.raises(RuntimeError, match=text):
+        Layout(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"world_size": 4, "encoder_tp": 1}, "encoder_pipeline"),
+        ({"world_size": 6, "tp": 2, "encoder_tp": 4, "encoder_pp": 1}, "must divide"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_fails_an_assertion_as_in_v09(sizes: dict[str, int], text: str) -> None:
+    with pytest.raises(AssertionError, match=text):
         Layout(**sizes)
 
 

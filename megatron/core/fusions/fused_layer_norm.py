@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.core import device
+from megatron.core.errors import InvariantError
 from megatron.core.kernels.registry import Spec, register, select
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class FusedLayerNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         if normalization not in ("LayerNorm", "RMSNorm"):
-            raise ValueError(f"normalization must be LayerNorm or RMSNorm, not {normalization!r}")
+            raise InvariantError("normalization", f"must be LayerNorm or RMSNorm, not {normalization!r}")
         shape = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)
         if len(shape) != 1:
             raise ValueError(f"the norm works on the last dimension alone, hidden_size was {tuple(shape)}")

@@ -12,6 +12,7 @@ from torch.autograd.variable import Variable
 
 from megatron.core import device, parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.errors import InvariantError
 from megatron.core.transformer.moe.aux_losses import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_type
@@ -22,12 +23,14 @@ Tensors = list[Tensor | None]
 def deallocate_output_tensor(out: Tensor | None, deallocate_pipeline_outputs: bool = False) -> None:
     """Free the data of an activation that has been sent: its autograd node is all that backward still needs.
 
-    The tensor keeps its identity and its `grad_fn`; its data becomes one element. Views cannot be emptied (ValueError).
+    The tensor keeps its identity and its `grad_fn`; its data becomes one element. Views cannot be emptied (InvariantError).
     """
     if out is None or not deallocate_pipeline_outputs:
         return
     if out._base is not None:
-        raise ValueError("a pipeline output must not be a view: wrap it in make_viewless_tensor")
+        raise InvariantError(
+            "a pipeline output", "is a view, which keeps its base alive", "wrap it in make_viewless_tensor"
+        )
     out.data = torch.empty((1,), device=out.device, dtype=out.dtype)
 
 
@@ -37,7 +40,10 @@ def custom_backward(output: Tensor, grad_output: Tensor | None) -> None:
     `torch.autograd.backward` insists on equal shapes of output and gradient; the engine itself does not.
     """
     if output.numel() != 1:
-        raise ValueError("custom_backward is for outputs emptied by deallocate_output_tensor")
+        raise InvariantError(
+            "custom_backward",
+            f"is for outputs emptied by deallocate_output_tensor, not for {output.numel()} values",
+        )
     if grad_output is None:
         grad_output = torch.ones_like(output, memory_format=torch.preserve_format)
     Variable._execution_engine.run_backward(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.errors import InvariantError
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.rotary_pos_embedding import choose_rotation
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -209,9 +210,11 @@ class Attention(MegatronModule, ABC):
         new, batch = key.shape[:2]
         stop, past_last = start + new, first + batch
         if stop > key_memory.size(0) or past_last > key_memory.size(1):
-            raise ValueError(
-                f"key/value cache of {key_memory.size(0)} positions x {key_memory.size(1)} samples cannot take position "
-                f"{stop} of sample {past_last}; create InferenceParams with larger maxima"
+            raise InvariantError(
+                "key/value cache",
+                f"of {key_memory.size(0)} positions x {key_memory.size(1)} samples cannot take position {stop} of "
+                f"sample {past_last}",
+                "create InferenceParams with larger maxima",
             )
         key_memory[start:stop, first:past_last] = key
         value_memory[start:stop, first:past_last] = value
@@ -322,7 +325,7 @@ class SelfAttention(Attention):
     def run_realtime_tests(self) -> None:
         """Check that the norms of queries and keys are equal on all tensor parallel ranks (all must call).
 
-        ValueError names this layer if a rank's copy has drifted.
+        InvariantError names this layer if a rank's copy has drifted.
         """
         for name in ("q_layernorm", "k_layernorm"):
             norm = getattr(self, name)
@@ -331,9 +334,10 @@ class SelfAttention(Attention):
             own = torch.cat([p.detach().flatten().float() for p in norm.parameters()])
             gathered = tensor_parallel.gather_from_tensor_model_parallel_region(own)
             if not torch.equal(gathered, own.repeat(gathered.numel() // own.numel())):
-                raise ValueError(
-                    f"layer {self.layer_number}: {name} differs between tensor parallel ranks; reload a checkpoint in "
-                    "which they agree"
+                raise InvariantError(
+                    f"layer {self.layer_number}",
+                    f"{name} differs between tensor parallel ranks",
+                    "reload a checkpoint in which they agree",
                 )
 
 

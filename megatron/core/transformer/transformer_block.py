@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.errors import InvariantError
 from megatron.core.fp8 import config_of_layer
 from megatron.core.inference_params import InferenceParams
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -165,7 +166,9 @@ class TransformerBlock(MegatronModule):
         instead.
         """
         if sharded_offsets:
-            raise ValueError("a block's layers already form the stacked axis; sharded_offsets must be empty")
+            raise InvariantError(
+                "sharded_offsets", "a block's layers already form the stacked axis", "leave it empty"
+            )
         separate = bool(metadata and metadata.get("non_homogeneous_layers", False))
         layers = f"{prefix}layers."
         sharded: dict[str, Any] = {}

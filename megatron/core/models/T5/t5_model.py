@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.enums import ModelType
+from megatron.core.errors import InvariantError
 from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.language_model_embedding import (
@@ -173,11 +174,15 @@ class T5Model(LanguageModule):
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         if self.encoder is not None:
             if len(tensors) != 1:
-                raise ValueError(f"an encoder stage takes one input tensor, not {len(tensors)}")
+                raise InvariantError(
+                    "set_input_tensor", f"an encoder stage takes one input tensor, not {len(tensors)}"
+                )
             self.encoder.set_input_tensor(tensors[0])
         elif self.decoder is not None:
             if len(tensors) not in (1, 2):
-                raise ValueError(f"a decoder stage takes one or two input tensors, not {len(tensors)}")
+                raise InvariantError(
+                    "set_input_tensor", f"a decoder stage takes one or two input tensors, not {len(tensors)}"
+                )
             self.decoder.set_input_tensor(tensors[0] if len(tensors) == 2 else None)
             self.encoder_hidden_state = tensors[-1]
 

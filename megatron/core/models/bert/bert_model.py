@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.enums import ModelType
+from megatron.core.errors import InvariantError
 from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.bert.bert_lm_head import BertLMHead
@@ -96,7 +97,9 @@ class BertEncoder(LanguageModule):
         """Take the previous stage's output [s/sp, b, h], alone or as a list of one."""
         if isinstance(input_tensor, list):
             if len(input_tensor) != 1:
-                raise ValueError(f"a BERT stage takes one input tensor, not {len(input_tensor)}")
+                raise InvariantError(
+                    "set_input_tensor", f"a BERT stage takes one input tensor, not {len(input_tensor)}"
+                )
             input_tensor = input_tensor[0]
         self.encoder.set_input_tensor(input_tensor)
 
@@ -165,8 +168,10 @@ class BertModel(BertEncoder):
         if has_config_logger_enabled(config):
             log_config_to_disk(config, locals())
         if return_embeddings and not (post_process and add_binary_head):
-            raise ValueError(
-                "return_embeddings needs the last stage (post_process) of a model with a binary head"
+            raise InvariantError(
+                "return_embeddings",
+                "is for the last stage of a model with a binary head",
+                "set post_process and add_binary_head",
             )
         super().__init__(
             config,

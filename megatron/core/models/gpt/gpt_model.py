@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.config_logger import has_config_logger_enabled, log_config_to_disk
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.enums import ModelType
+from megatron.core.errors import InvariantError
 from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.common.embeddings.language_model_embedding import (
@@ -120,7 +121,9 @@ class GPTModel(LanguageModule):
         """Take the previous stage's output [s/sp, b, h], alone or as a list of one."""
         if isinstance(input_tensor, list):
             if len(input_tensor) != 1:
-                raise ValueError(f"a GPT stage takes one input tensor, not {len(input_tensor)}")
+                raise InvariantError(
+                    "set_input_tensor", f"a GPT stage takes one input tensor, not {len(input_tensor)}"
+                )
             input_tensor = input_tensor[0]
         self.decoder.set_input_tensor(input_tensor)
 
@@ -175,7 +178,9 @@ class GPTModel(LanguageModule):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         extra = sharded.pop(f"{prefix}output_layer._extra_state", None)
         if extra is not None and extra.data:
-            raise ValueError("the output layer carries extra state, which GPT checkpoints have no place for")
+            raise InvariantError(
+                "output_layer", "carries extra state, which GPT checkpoints have no place for"
+            )
         return sharded
 
 

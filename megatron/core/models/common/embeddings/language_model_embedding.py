@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import tensor_parallel
+from megatron.core.errors import InvariantError
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import derived
@@ -77,8 +78,8 @@ class LanguageModelEmbedding(MegatronModule):
     def forward(self, input_ids: Tensor, position_ids: Tensor, tokentype_ids: Tensor | None = None) -> Tensor:
         """input_ids, position_ids, tokentype_ids [b, s] -> [s/sp, b, h] (fp32 with an fp32 residual stream)."""
         if (tokentype_ids is None) != (self.tokentype_embeddings is None):
-            raise ValueError(
-                "tokentype_ids must be given exactly when the model was built with num_tokentypes > 0"
+            raise InvariantError(
+                "tokentype_ids", "are given exactly when the model was built with num_tokentypes > 0"
             )
         if self.reduce_scatter_embeddings:
             embeddings = self.word_embeddings(input_ids)  # [s/sp, b, h]

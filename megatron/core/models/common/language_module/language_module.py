@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.errors import InvariantError
 from megatron.core.kernels import registry
 from megatron.core.tensor_parallel.placement import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -117,7 +118,7 @@ class LanguageModule(MegatronModule):
         vocabulary.
         """
         if sharded_offsets:
-            raise ValueError("a whole model has no stacked axes; sharded_offsets must be empty")
+            raise InvariantError("sharded_offsets", "a whole model has no stacked axes", "leave it empty")
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         embedding_key = f"{prefix}embedding.word_embeddings.weight"
         weight_key = f"{prefix}output_layer.weight"
@@ -141,7 +142,7 @@ class LanguageModule(MegatronModule):
         """
         if not self.post_process or self.pre_process:
             if output_layer_weight_key in sharded_state_dict:
-                raise ValueError(f"{output_layer_weight_key} exists beside the embedding it is tied to")
+                raise InvariantError(output_layer_weight_key, "exists beside the embedding it is tied to")
             return
         del sharded_state_dict[output_layer_weight_key]
         replica = (1, 0, parallel_state.get_data_parallel_rank(with_context_parallel=True))
