@@ -25,6 +25,8 @@ def build_pretraining_data_loader(
     None for a dataset that is None or has no samples. An external dataset is its own loader.
     """
     args = args if args is not None else get_args()
+    if dataset is None or args.dataloader_type == "external":
+        return dataset
     return build_data_loader(
         dataset,
         consumed_samples,
@@ -49,9 +51,7 @@ def build_data_loader(
     data_parallel_rank: int,
     data_parallel_size: int,
 ) -> Any:
-    """The same from explicit values; `dataloader_type` is `single`, `cyclic` or `external`."""
-    if dataset is None or dataloader_type == "external":
-        return dataset
+    """The same from explicit values; `dataloader_type` is `single` or `cyclic`."""
     if len(dataset) == 0:
         return None
     sampler: MegatronPretrainingSampler | MegatronPretrainingRandomSampler

@@ -81,7 +81,11 @@ def datasets(splits: Any) -> list[str]:
     for name, dataset in zip(("train", "validation", "test"), splits):
         if dataset is None:
             continue
-        lines.append(f"> {name} data: {len(dataset)} samples")
+        samples = _length(dataset)
+        if samples is None:
+            lines.append(f"> {name} data: from a source that does not tell its length")
+            continue
+        lines.append(f"> {name} data: {samples} samples")
         parts = getattr(dataset, "datasets", [dataset])
         weights = getattr(dataset, "weights", [1.0])
         for part, weight in zip(parts, weights):
@@ -90,6 +94,14 @@ def datasets(splits: Any) -> list[str]:
             text = f">   {path or 'synthetic'}: weight {weight:.4g}, {len(part)} samples"
             lines.append(text if epochs is None else f"{text}, {epochs} epoch(s)")
     return lines
+
+
+def _length(source: Any) -> int | None:
+    """Samples, or None: with `--dataloader-type external` a split is whatever its user's code iterates over."""
+    try:
+        return len(source)
+    except TypeError:
+        return None
 
 
 def _epochs(dataset: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from typing import Any
 
 import numpy
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from megatron.core.errors import DataError
+from megatron.training import report
 from megatron.training.data_samplers import (
     MegatronPretrainingRandomSampler,
     MegatronPretrainingSampler,
     RandomSeedDataset,
     build_data_loader,
+    build_pretraining_data_loader,
 )
 from tests.unit.datasets.support import GOLDEN
 
@@ -139,12 +142,21 @@ def test_an_error_in_a_sample_arrives_as_it_was_raised(workers: int) -> None:
 
 
 def test_loader_of_nothing_and_of_external_data() -> None:
-    assert loader(None) is None
+    """An external source is passed on whatever it is; nothing else is asked of the arguments."""
+    args = Namespace(dataloader_type="external")
+    assert build_pretraining_data_loader(None, 0, args=args) is None
     assert loader([]) is None
     external = iter([1, 2])
-    assert loader(external, "external") is external
+    assert build_pretraining_data_loader(external, 0, args=args) is external
     with pytest.raises(DataError, match="--dataloader-type: 'sequential' is not known"):
         loader(Numbers(), "sequential")
+
+
+def test_the_report_names_sources_without_a_length() -> None:
+    external = iter([1, 2])
+    lines = report.datasets((external, None, [1, 2]))
+    assert lines[0] == "> train data: from a source that does not tell its length"
+    assert lines[1] == "> test data: 2 samples"
 
 
 def test_cyclic_epochs_reseed_random_transformations() -> None:
