@@ -1,8 +1,9 @@
-"""The library. The names below load what they name when they are first used, so that importing this costs nothing."""
+"""The library. Its names and modules are loaded when they are first used, so that importing this costs nothing."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.package_info import (
@@ -49,7 +50,6 @@ __all__ = [
     "tensor_parallel",
 ]
 
-_MODULES = {"mpu": "parallel_state", "parallel_state": "parallel_state", "tensor_parallel": "tensor_parallel"}
 _HOMES = {
     "DistributedDataParallel": "distributed",
     "InferenceParams": "inference_params",
@@ -59,8 +59,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"{__name__}.{_MODULES[name]}")
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = f"{__name__}.{'parallel_state' if name == 'mpu' else name}"
+    if name.startswith("_") or importlib.util.find_spec(module) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(module)

@@ -249,6 +249,8 @@ assert "torch" not in sys.modules, "import megatron.core loads torch"
 import torch, numpy
 sys.meta_path.insert(0, Refuse())
 before = torch.get_rng_state()
+assert megatron.core.utils.divide(4, 2) == 2 and megatron.core.mpu is megatron.core.parallel_state
+assert not hasattr(megatron.core, "nonsense") and not hasattr(megatron.core, "_private")
 from megatron.core import (
     DistributedDataParallel, InferenceParams, ModelParallelConfig, Timers, mpu, parallel_state, tensor_parallel,
 )
