@@ -179,7 +179,13 @@ def grouped_product_is_bfloat16(args: Any) -> bool:
     return not args.moe_grouped_gemm or args.bf16
 
 
-@rule(DERIVED, "--moe-grouped-gemm", bad="--num-experts 2 --moe-grouped-gemm --bf16",
+@rule(DERIVED, "--moe-grouped-gemm", "--disable-bias-linear", bad="--num-experts 2 --moe-grouped-gemm --bf16",
+      why="grouped experts have no biases", fix="add --disable-bias-linear, or drop --moe-grouped-gemm")
+def grouped_experts_have_no_biases(args: Any) -> bool:
+    return args.num_experts is None or not args.moe_grouped_gemm or not args.add_bias_linear
+
+
+@rule(DERIVED, "--moe-grouped-gemm", bad="--num-experts 2 --moe-grouped-gemm --bf16 --disable-bias-linear",
       why="the grouped product needs a device of compute capability 8.0 or more", fix="drop --moe-grouped-gemm",
       device="cuda")
 def grouped_product_needs_ampere(args: Any) -> bool:
