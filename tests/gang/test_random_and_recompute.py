@@ -85,6 +85,22 @@ def test_recomputation_is_bitwise_the_plain_run(ranks: int, distribute: bool) ->
         assert all(equal.values()), equal
 
 
+def _argument_of_a_distributed_recomputation() -> torch.Tensor:
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
+    first = torch.arange(16.0).view(4, 4).clone()
+    assert torch.equal(
+        checkpoint(torch.add, True, first, torch.ones(4, 4)).flatten(), torch.arange(1.0, 17.0)
+    )
+    return first
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_distributed_recomputation_leaves_flat_shares(ranks: int) -> None:
+    shares = run_gang(ranks, _argument_of_a_distributed_recomputation)
+    assert [share.shape for share in shares] == [(16 // ranks,)] * ranks
+    assert torch.equal(torch.cat(shares), torch.arange(16.0))
+
+
 def _wrong_use() -> None:
     parallel_state.initialize_model_parallel()
     x = torch.randn(3, requires_grad=True)

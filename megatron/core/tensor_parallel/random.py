@@ -171,7 +171,7 @@ class CheckpointFunction(torch.autograd.Function):
             outputs = run_function(*args)
 
         ctx.whole_shape = None
-        if distribute_saved_activations and parallel_state.get_tensor_model_parallel_world_size() > 1:
+        if distribute_saved_activations:
             ctx.whole_shape = args[0].shape
             share = split_tensor_into_1d_equal_chunks(args[0].data, new_buffer=True)
             safely_set_viewless_tensor_data(args[0], share)
@@ -215,7 +215,7 @@ class CheckpointFunction(torch.autograd.Function):
 def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
     """`function(*args)` whose activations are recomputed in the backward pass instead of kept.
 
-    distribute_saved_activations: keep of the first argument, a tensor, only this tensor-parallel rank's share; its
-    memory is replaced, so the caller must not read it afterwards.
+    distribute_saved_activations: keep of the first argument, a tensor, only this tensor-parallel rank's flat share; it
+    takes the place of the argument's own data, which the caller must not read afterwards.
     """
     return CheckpointFunction.apply(function, distribute_saved_activations, *args)
