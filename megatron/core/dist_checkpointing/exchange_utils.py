@@ -42,8 +42,11 @@ def shard_id(sharded_tensor: ShardedTensor) -> ShardId:
 def distribute_shards_to_ranks(
     shard_to_ranks: dict[Hashable, list[int]], shard_to_size: dict[Hashable, int], num_ranks: int
 ) -> dict[Hashable, int]:
-    """Piece -> rank, evenly by bytes: scarce pieces first, then large ones, each to the least loaded holder."""
-    order = sorted(shard_to_ranks, key=lambda s: (len(shard_to_ranks[s]), -shard_to_size[s], repr(s)))
+    """Piece -> rank, evenly by bytes: scarce pieces first, then large ones, then in order of the pieces themselves.
+
+    Each goes to the least loaded of the ranks that hold it.
+    """
+    order = sorted(shard_to_ranks, key=lambda s: (len(shard_to_ranks[s]), -shard_to_size[s], s))
     load = [0] * num_ranks
     chosen = {}
     for shard in order:

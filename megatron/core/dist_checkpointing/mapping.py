@@ -197,11 +197,18 @@ class ShardedTensor(ShardedBase):
         flattened_range: slice | None = None,
         **kwargs: Any,
     ) -> ShardedTensor:
-        """As `from_rank_offsets` for 1-D `data` that is the slice `flattened_range` of a flattened cell."""
+        """As `from_rank_offsets` for 1-D `data` that is the slice `flattened_range` of a flattened cell.
+
+        CheckpointingException if `data` has more axes or there is no range.
+        """
         if data.ndim != 1:
-            raise ValueError(f"{key}: a flattened piece is 1-D, not {data.ndim}-D")
+            raise CheckpointingException(
+                f"sharded tensor {key}", f"a flattened piece is 1-D, not {data.ndim}-D", "pass data.flatten()"
+            )
         if flattened_range is None:
-            raise ValueError(f"{key}: flattened_range is missing")
+            raise CheckpointingException(
+                f"sharded tensor {key}", "flattened_range is missing", "pass the slice that data is"
+            )
         cell = torch.empty(non_flat_local_shape, dtype=data.dtype, device="meta")
         piece = cls.from_rank_offsets(key, cell, *args, **kwargs)
         return replace(piece, data=data, flattened_range=flattened_range)

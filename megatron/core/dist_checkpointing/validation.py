@@ -82,10 +82,12 @@ def verify_checkpoint_and_load_strategy(
 ) -> tuple[LoadShardedStrategy, LoadCommonStrategy]:
     """The strategies that read the directory. CheckpointingException if it is no complete distributed checkpoint."""
     if not os.path.isdir(checkpoint_dir):
-        raise CheckpointingException(str(checkpoint_dir), "the directory does not exist", "check the path")
+        raise CheckpointingException(
+            "checkpoint", f"the directory {checkpoint_dir} does not exist", "check the path"
+        )
     config = maybe_load_config(checkpoint_dir)
     if config is None:
-        why = "it has no valid metadata.json, so it is not a complete distributed checkpoint"
+        why = "it is not a distributed checkpoint, or not a complete one: it has no valid metadata.json"
         raise CheckpointingException(str(checkpoint_dir), why, "use an earlier checkpoint")
     if sharded_strategy is None:
         sharded_strategy = get_default_strategy(

@@ -101,9 +101,9 @@ class LoadShardedStrategy(LoadStrategyBase):
     def load_tensors_metadata(self, checkpoint_dir: Path) -> ShardedStateDict:
         """key -> ShardedTensor of the whole stored tensor, without data."""
 
-    @abstractmethod
     def load_sharded_metadata(self, checkpoint_dir: Path) -> ShardedStateDict:
-        """As load_tensors_metadata, with the sharded objects by their unique keys."""
+        """As load_tensors_metadata, with the sharded objects by their unique keys if the strategy stores them."""
+        return self.load_tensors_metadata(checkpoint_dir)
 
 
 class SaveCommonStrategy(SaveStrategyBase, ABC):

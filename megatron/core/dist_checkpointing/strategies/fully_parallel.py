@@ -130,24 +130,28 @@ class FullyParallelLoadStrategyWrapper(LoadShardedStrategy):
         error: CheckpointingException | None = None
         loaded: StateDict = {}
         try:
-            tensors = self.base_strategy.load({str(n): r for n, r in enumerate(own.values())}, checkpoint_dir)
-            loaded = self.base_strategy.load(objects, checkpoint_dir)  # type: ignore[arg-type]
+            loaded = self.base_strategy.load(
+                {"tensors": dict(enumerate(own.values())), "objects": objects}, checkpoint_dir
+            )
         except CheckpointingException as failed:
-            error, tensors = failed, {}
+            error = failed
         agree(error)
         everything = exchange_by_distribution(
-            dict(zip(own, tensors.values())),
+            dict(zip(own, loaded["tensors"].values())),
             {identity: record for identity, record in records.items() if identity not in own},
             distribution,
             self.parallelization_group,
             self.exchange_algo,
         )
         result = self.fill_in_deferred_sharded_tensors(sharded_state_dict, everything)
-        _overlay(result, loaded)
+        _overlay(result, loaded["objects"])
         return result
 
     def apply_loading_parallelization(self, sharded_state_dict: ShardedStateDict) -> ShardDistribution | None:
-        """Decide who reads what; None for a group of one. A collective of the group."""
+        """Decide who reads what and rewrite the replica ids: 0 for what this rank reads. None for a group of one.
+
+        A collective of the group.
+        """
         distribution = self.cached_distribution
         if distribution is None:
             distribution = determine_main_replica_uniform_distribution(
@@ -155,6 +159,9 @@ class FullyParallelLoadStrategyWrapper(LoadShardedStrategy):
             )
         if self.do_cache_distribution:
             self.cached_distribution = distribution
+        distribute_main_replicas_with_precomputed_distribution(
+            sharded_state_dict, self.parallelization_group, distribution
+        )
         return distribution
 
     def fill_in_deferred_sharded_tensors(

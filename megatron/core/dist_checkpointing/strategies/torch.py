@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -564,8 +565,15 @@ def _read_tensor(stored: StoredTensors, record: ShardedTensor) -> None:
         raise CheckpointingException(str(stored.directory), why, "use an earlier checkpoint")
 
 
-def _absent(stored: StoredTensors, key: str) -> CheckpointingException:
-    return CheckpointingException(
+class NotStoredError(CheckpointingException, TorchCheckpointException):
+    """A requested key is not in the checkpoint: torch's own error too, which v0.9 lets its callers catch here."""
+
+    failures = {}
+    __str__ = Exception.__str__
+
+
+def _absent(stored: StoredTensors, key: str) -> NotStoredError:
+    return NotStoredError(
         str(stored.directory),
         f"it does not contain {key}",
         "give the run the checkpoint's architecture, or choose another --dist-ckpt-strictness",
