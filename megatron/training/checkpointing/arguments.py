@@ -15,6 +15,10 @@ class IncompatibleCheckpointError(CheckpointError):
     """A good checkpoint that does not belong to this run."""
 
 
+class OtherLayoutError(IncompatibleCheckpointError, RuntimeError):
+    """A good checkpoint that only its own layout can load; v0.9 raises a RuntimeError."""
+
+
 def _names(text: str) -> list[str]:
     return text.split()
 

@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from megatron.core.optimizer.param_groups import group_key
 from megatron.training.checkpointing import asynchronous
+from megatron.training.checkpointing.arguments import OtherLayoutError
 from megatron.training.checkpointing.layout import Tracked
 from megatron.training.checkpointing.state import generate_state_dict, get_rng_state, say, unsafe_allowed
 
@@ -95,7 +96,10 @@ def read(
         with_rng = False
     optimizer_options: dict[str, Any] = {"is_loading": True}
     if args.use_distributed_optimizer:
-        optimizer_options["sharding_type"] = _sharding_type(saved)
+        sharding_type = header["sharding_type"] or _sharding_type(saved)
+        optimizer_options["sharding_type"] = sharding_type
+        if with_optimizer and sharding_type != _MODEL_SPACE:
+            _demand_same_layout(source, saved)
     request = generate_state_dict(
         Namespace(no_save_optim=not with_optimizer, no_save_rng=not with_rng),
         chunks,
@@ -185,20 +189,44 @@ def key_fallbacks(key: str) -> list[str]:
     return [*names, *(chained if own.startswith("optimizer.") else []), *weights]
 
 
-def _same_layout(saved: Any) -> bool:
+def _layouts(saved: Any) -> tuple[tuple[int, int, int], tuple[int | None, int | None, int]]:
+    """(tensor, decoder pipeline, encoder pipeline) parallel sizes of this run and of the checkpoint."""
     encoder = mpu.get_pipeline_model_parallel_decoder_start() or 0
     decoder = mpu.get_pipeline_model_parallel_world_size() - encoder
-    ours = (mpu.get_tensor_model_parallel_world_size(), decoder, encoder)
     theirs = (
         getattr(saved, "tensor_model_parallel_size", None),
         getattr(saved, "pipeline_model_parallel_size", None),
         getattr(saved, "encoder_pipeline_model_parallel_size", None) or 0,
     )
+    return (mpu.get_tensor_model_parallel_world_size(), decoder, encoder), theirs
+
+
+def _same_layout(saved: Any) -> bool:
+    ours, theirs = _layouts(saved)
     return ours == theirs
 
 
+def _demand_same_layout(source: Source, saved: Any) -> None:
+    """Refuse to continue an optimizer whose state lies as the ranks of another layout held it."""
+    ours, theirs = _layouts(saved)
+    if ours != theirs:
+        why = (
+            f"(TP, PP, encoder PP) mismatch: its optimizer state belongs to the ranks of {theirs}, "
+            f"and this run has {ours}"
+        )
+        fix = "keep these sizes, pass --no-load-optim, or save it anew without --no-ckpt-fully-parallel-save"
+        raise OtherLayoutError(str(source.path), why, fix)
+
+
+def stored_sharding_type(optimizer: Any) -> str | None:
+    """How the common part of a checkpoint's optimizer says that its state lies in the files; None if it does not say."""
+    parts = [optimizer, *optimizer.values()] if isinstance(optimizer, dict) else []
+    found = (part.get("param_state_sharding_type") for part in parts if isinstance(part, dict))
+    return next((kind for kind in found if kind is not None), None)
+
+
 def _sharding_type(saved: Any) -> str:
-    """How the distributed optimizer's state lies in the file; without one it lies like the model."""
+    """The same, by the arguments of a checkpoint that does not say; without distributed optimizer it lies like the model."""
     gathered = getattr(saved, "use_distributed_optimizer", False) and not getattr(
         saved, "ckpt_fully_parallel_save", False
     )

@@ -171,7 +171,8 @@ def _find_sources(load_dir: str, args: Namespace) -> list[Source]:
             )
         return [Source(load_dir, Tracked(step))]
     sources = _tracked_and_older(load_dir)
-    if getattr(args, "non_persistent_save_interval", None) is not None:
+    interval = getattr(args, "non_persistent_save_interval", None)
+    if interval is not None or getattr(args, "non_persistent_ckpt_type", None) == "global":
         more = _tracked_and_older(non_persistent_directory(args, load_dir) or load_dir)
         if any(source.tracked.release for source in more):
             raise CheckpointError(
@@ -229,6 +230,7 @@ def _read_header(source: Source, args: Namespace) -> dict[str, Any]:
             wanted = ("args", "checkpoint_version", "iteration", "total_iters")
             header = {name: entries[name] for name in wanted if name in entries}
             header["distributed"] = Path(found).is_dir()
+            header["sharding_type"] = distributed.stored_sharding_type(entries.get("optimizer"))
     return broadcast(header)
 
 

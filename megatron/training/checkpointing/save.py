@@ -73,6 +73,8 @@ def save_checkpoint(
             "--async-save", "the torch format is written synchronously", "add --ckpt-format torch_dist"
         )
     asynchronous.wait_for_saves()
+    if non_persistent_ckpt:
+        cleanup_old_non_persistent_checkpoint(save_dir)
     say(f"saving checkpoint at iteration {iteration:7d} to {save_dir} in {args.ckpt_format} format")
 
     chunks = innermost(model)
@@ -99,8 +101,6 @@ def save_checkpoint(
         keep_last = None if non_persistent_ckpt else getattr(args, "keep_last_checkpoints", None)
         _publish(save_dir, iteration, keep_last=keep_last)
         say(f"  successfully saved checkpoint from iteration {iteration:7d} to {save_dir}")
-        if non_persistent_ckpt:
-            cleanup_old_non_persistent_checkpoint(save_dir)
 
     if kind is CheckpointType.LEGACY:
         path = get_checkpoint_name(

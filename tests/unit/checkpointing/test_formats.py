@@ -17,7 +17,7 @@ from megatron.core.errors import CheckpointError
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.checkpointing.arguments import check_checkpoint_args
 from megatron.training.checkpointing.legacy import adapt_weights
-from tests.unit.checkpointing.toy import Run, arguments, one_process, same
+from tests.unit.checkpointing.toy import Run, ToyOptimizer, arguments, one_process, same
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "checkpoints"
 
@@ -203,12 +203,61 @@ def test_use_checkpoint_args(tmp_path: Path) -> None:
 
 
 def test_non_persistent_checkpoints(tmp_path: Path) -> None:
-    """Kept one at a time below the directory, and preferred when at least as new."""
+    """Each save leaves the one before it, below the directory; the newest is preferred when at least as new."""
     options: dict[str, Any] = {"ckpt_format": "torch_dist", "non_persistent_save_interval": 1}
     run = Run(arguments(tmp_path, **options))
-    for iteration in range(1, 4):
+    for iteration in range(1, 5):
         run.step()
         run.save(non_persistent_ckpt=iteration != 1)
-    assert sorted(p.name for p in (tmp_path / "non_persistent").glob("iter_*")) == ["iter_0000003"]
-    assert Run(arguments(tmp_path, **options)).load() == 3
+    kept = sorted(p.name for p in (tmp_path / "non_persistent").glob("iter_*"))
+    assert kept == ["iter_0000003", "iter_0000004"]
+    assert Run(arguments(tmp_path, **options)).load() == 4
+    by_type = {"ckpt_format": "torch_dist", "non_persistent_ckpt_type": "global"}
+    assert Run(arguments(tmp_path, **by_type)).load() == 4
     assert Run(arguments(tmp_path, ckpt_format="torch_dist")).load() == 1
+
+
+def test_gathered_optimizers_need_their_layout(tmp_path: Path) -> None:
+    """Optimizer state that lies as the ranks of a layout held it continues in that layout only; weights load in any."""
+    options: dict[str, Any] = {
+        "ckpt_format": "torch_dist",
+        "use_distributed_optimizer": True,
+        "ckpt_fully_parallel_save": False,
+    }
+    run = Run(arguments(tmp_path, tensor_model_parallel_size=2, **options))
+    run.step()
+    run.save()
+    other = Run(arguments(tmp_path, **options))
+    before = other.weights()
+    with pytest.raises(
+        RuntimeError, match=r"mismatch: .* ranks of \(2, 1, 0\), and this run has \(1, 1, 0\)"
+    ):
+        other.load()
+    assert same(before, other.weights())
+    weights_alone = Run(arguments(tmp_path, no_load_optim=True, **options))
+    assert weights_alone.load() == 1 and same(weights_alone.weights(), run.weights())
+
+
+class _InBuckets(ToyOptimizer):
+    """Says that its tensors lie in bucket space, as optimizers did before February 2024."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked_for: list[str] = []
+
+    def sharded_state_dict(
+        self, model_state: dict[str, Any], is_loading: bool = False, sharding_type: str = "", **_: Any
+    ) -> dict[str, Any]:
+        self.asked_for.append(sharding_type)
+        return {**self.state_dict(), "param_state_sharding_type": "fully_sharded_bucket_space"}
+
+
+def test_optimizers_are_read_as_their_checkpoint_says_they_lie(tmp_path: Path) -> None:
+    args = arguments(tmp_path, ckpt_format="torch_dist", use_distributed_optimizer=True)
+    run = Run(args)
+    run.optimizer = _InBuckets(run.model.parameters(), lr=0.1)
+    run.step()
+    run.save()
+    args.consumed_train_samples = 0
+    assert run.load() == 1
+    assert run.optimizer.asked_for == ["fully_sharded_model_space", "fully_sharded_bucket_space"]
