@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.training.global_vars import set_args
+from megatron.training.training import get_model
+from megatron.training.utils import unwrap_model
 from tests.gang.harness import run_gang
 
 
@@ -62,16 +66,16 @@ def test_schedules_drive_any_module(stages: int, chunks: int | None) -> None:
     assert all(reported == [] for reported in others)
 
 
-def one_iterator_for_two_chunks() -> str:
+def one_iterator_for_two_chunks(iterator: Any, error: type[Exception]) -> str:
     """Body: the error of an interleaved pipeline whose chunks would share an iterator."""
     parallel_state.initialize_model_parallel(1, 2, 2)
     model: Any = torch.nn.Linear(4, 1)
     model.model_type = ModelType.encoder_or_decoder
     model.config = ModelParallelConfig(pipeline_model_parallel_size=2, pipeline_dtype=torch.float32)
-    with pytest.raises(AssertionError) as raised:
+    with pytest.raises(error) as raised:
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=range(9),
+            data_iterator=iterator,
             model=[model, model],
             num_microbatches=2,
             seq_length=4,
@@ -80,8 +84,9 @@ def one_iterator_for_two_chunks() -> str:
     return str(raised.value)
 
 
-def test_each_chunk_needs_an_iterator() -> None:
-    for said in run_gang(2, one_iterator_for_two_chunks):
+@pytest.mark.parametrize(("iterator", "error"), [(range(9), AssertionError), ([range(9)], RuntimeError)])
+def test_each_chunk_needs_an_iterator(iterator: Any, error: type[Exception]) -> None:
+    for said in run_gang(2, one_iterator_for_two_chunks, iterator, error):
         assert "one iterator for each of the 2 model chunks" in said
 
 
@@ -260,3 +265,26 @@ def test_microbatches_of_different_lengths(tmp_path: Path, chunks: int | None) -
     found = run_gang(2, train, 1, 2, chunks, False, str(tmp_path / "layout"), lengths=lengths)[-1]
     (alone,) = run_gang(1, train, 1, 1, None, False, str(tmp_path / "alone"), lengths=lengths)
     assert found == pytest.approx(alone, rel=1e-5)
+
+
+def _half_without_saying(bf16: bool) -> tuple[torch.dtype, bool]:
+    """Body: `get_model` with a provider whose configuration says nothing of precision."""
+    parallel_state.initialize_model_parallel()
+    ddp = DistributedDataParallelConfig()
+    set_args(Namespace(**vars(ddp), fp16=False, bf16=bf16, data_parallel_random_init=False,
+        virtual_pipeline_model_parallel_size=None, encoder_pipeline_model_parallel_size=0,
+        overlap_param_gather_with_optimizer_step=False))  # fmt: skip
+
+    def provider(pre_process: bool, post_process: bool) -> torch.nn.Module:
+        module: Any = torch.nn.Linear(4, 4)
+        module.config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+        return module
+
+    (chunk,) = get_model(provider)
+    (inner,) = unwrap_model([chunk])
+    return inner.weight.dtype, inner.config.bf16
+
+
+def test_the_arguments_decide_the_precision_a_provider_leaves_open() -> None:
+    assert run_gang(1, _half_without_saying, True) == [(torch.bfloat16, False)]
+    assert run_gang(1, _half_without_saying, False) == [(torch.float32, False)]

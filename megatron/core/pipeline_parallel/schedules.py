@@ -300,19 +300,21 @@ def _only(value: Any, what: str) -> list[Any]:
 
 
 def _one_each(data_iterators: Any, chunks: int) -> list[Any]:
-    """The iterator of each chunk; None serves stages that read no data. InvariantError for another number of them.
+    """The iterator of each chunk; None serves stages that read no data.
 
-    Every chunk reads the same microbatches, so chunks that shared one iterator would each get a part of them.
+    Every chunk reads the same microbatches, so chunks that shared one iterator would each get a part of them:
+    InvariantError for an iterator outside a list, ScheduleError for another number of them.
     """
     if data_iterators is None:
         return [None] * chunks
-    if not isinstance(data_iterators, (list, tuple)) or len(data_iterators) != chunks:
-        raise InvariantError(
-            "data_iterator",
-            f"the interleaved schedule takes a list with one iterator for each of the {chunks} model chunks",
-            "make as many iterators over the same data",
-        )
-    return list(data_iterators)
+    if isinstance(data_iterators, (list, tuple)) and len(data_iterators) == chunks:
+        return list(data_iterators)
+    error = ScheduleError if isinstance(data_iterators, (list, tuple)) else InvariantError
+    raise error(
+        "data_iterator",
+        f"the interleaved schedule takes a list with one iterator for each of the {chunks} model chunks",
+        "make as many iterators over the same data",
+    )
 
 
 @contextlib.contextmanager
