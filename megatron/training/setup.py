@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 from megatron.training.checkpointing import load_checkpoint, save_checkpoint
 from megatron.training.config import build, rules
@@ -51,7 +53,7 @@ def get_model(
         print_line(f" > number of parameters on (tensor, pipeline) model parallel rank ({tp}, {pp}): {count}")
     chunks = [chunk.to(device.current()) for chunk in chunks]
     if args.fp16 or args.bf16:
-        chunks = [Float16Module(get_model_config(chunk), chunk) for chunk in chunks]
+        chunks = [Float16Module(_config_in_precision(chunk, args), chunk) for chunk in chunks]
     if wrap_with_ddp:
         ddp_config = build.ddp_config(args)
         chunks = [
@@ -68,6 +70,15 @@ def get_model(
             for chunk in chunks:
                 chunk.broadcast_params()
     return chunks
+
+
+def _config_in_precision(chunk: torch.nn.Module, args: Namespace) -> TransformerConfig:
+    """The model's own configuration or, if its provider left the precision out, a copy with that of the arguments."""
+    config = get_model_config(chunk)
+    if not (config.fp16 or config.bf16):
+        config = copy.copy(config)
+        config.fp16, config.bf16 = args.fp16, args.bf16
+    return config
 
 
 def _build_chunks(
