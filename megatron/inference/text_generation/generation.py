@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.errors import FlagError
+from megatron.core.inference.sampling import sample
 from megatron.core.inference_params import InferenceParams
-from megatron.inference.text_generation.sampling import sample
 
 
 @torch.no_grad()

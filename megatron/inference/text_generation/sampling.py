@@ -1,53 +1,9 @@
-"""Draw the next token from logits (spec: inference, section 5)."""
+"""Drawing tokens, under the name by which v0.9's applications import it."""
 
-from __future__ import annotations
+from megatron.core.inference.sampling import (
+    modify_logits_for_top_k_filtering,
+    modify_logits_for_top_p_filtering,
+    sample,
+)
 
-import torch
-from torch import Tensor
-
-
-def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
-    """Set everything below the k-th largest value of each row [b, v] to -inf, in place; ties at the threshold survive."""
-    threshold = logits.topk(top_k).values[..., -1:]
-    logits.masked_fill_(logits < threshold, float("-inf"))
-
-
-def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
-    """Keep in each row [b, v] the most probable tokens up to and including the one that crosses `top_p`, in place."""
-    ordered, order = logits.sort(descending=True)
-    beyond = ordered.softmax(dim=-1).cumsum(dim=-1) > top_p
-    beyond[:, 1:] = beyond[:, :-1].clone()
-    beyond[:, 0] = False
-    logits.masked_fill_(beyond.scatter(1, order, beyond), float("-inf"))
-
-
-def sample(
-    logits: Tensor,
-    top_k: int = 0,
-    top_p: float = 0.0,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> Tensor:
-    """One token id per row: fp32 logits [b, v] -> int64 [b].
-
-    top_k 1 is greedy; otherwise at most one of top_k and top_p filters what is drawn from (ValueError for both, or out of
-    range). Ids of the padded part of the vocabulary become `vocab_size - 1`.
-    """
-    if logits.ndim != 2 or logits.dtype != torch.float32:
-        raise ValueError(f"sample takes float32 logits [b, v], not {logits.dtype} {list(logits.shape)}")
-    if top_k > 0 and top_p > 0.0:
-        raise ValueError("top_k and top_p exclude each other: give one of them")
-    if top_k == 1:
-        chosen = logits.argmax(dim=-1)
-    else:
-        logits = logits / temperature if temperature != 1.0 else logits.clone()
-        if top_k > 1:
-            if top_k > logits.size(1) or (vocab_size is not None and top_k >= vocab_size):
-                raise ValueError(f"top_k {top_k} is not below the vocabulary size")
-            modify_logits_for_top_k_filtering(logits, top_k)
-        elif top_p > 0.0:
-            if top_p > 1.0:
-                raise ValueError(f"top_p {top_p} is not a probability")
-            modify_logits_for_top_p_filtering(logits, top_p)
-        chosen = torch.multinomial(logits.softmax(dim=-1), num_samples=1).view(-1)
-    return chosen if vocab_size is None else chosen.clamp(0, vocab_size - 1)
+__all__ = ["modify_logits_for_top_k_filtering", "modify_logits_for_top_p_filtering", "sample"]

@@ -1,0 +1,57 @@
+"""Activations and results between the pipeline stages of a generating model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron.core import device, parallel_state
+from megatron.core.errors import InvariantError
+
+
+def _only(one_or_many: Any) -> Any:
+    """The rank or group of a stage's only pipeline."""
+    if isinstance(one_or_many, list):
+        raise InvariantError(
+            "text generation", "a stage may belong to one pipeline only", "use one encoder per decoder"
+        )
+    return one_or_many
+
+
+def broadcast_from_last_pipeline_stage(
+    size: Sequence[int], dtype: torch.dtype, tensor: Tensor | None = None
+) -> Tensor:
+    """Give all stages the last one's `tensor`, of this size and type. All ranks of the pipeline must call."""
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        if tensor is None or list(tensor.shape) != list(size) or tensor.dtype != dtype:
+            found = None if tensor is None else (tensor.dtype, list(tensor.shape))
+            raise InvariantError(
+                "broadcast_from_last_pipeline_stage", f"{found} is sent where {dtype} {list(size)} is awaited"
+            )
+        tensor = tensor.contiguous()
+    else:
+        tensor = torch.empty(tuple(size), dtype=dtype, device=device.current())
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(tensor, source, group=_only(parallel_state.get_pipeline_model_parallel_group()))
+    return tensor
+
+
+def recv_from_prev_pipeline_rank_(recv_buffer: Tensor | None = None) -> None:
+    """Fill `recv_buffer` with what the previous stage sends."""
+    if recv_buffer is None:
+        raise InvariantError(
+            "recv_from_prev_pipeline_rank_", "there is no buffer to fill", "pass recv_buffer"
+        )
+    dist.recv(recv_buffer, src=_only(parallel_state.get_pipeline_model_parallel_prev_rank()))
+
+
+def send_to_next_pipeline_rank(tensor: Tensor | None = None) -> None:
+    """Send `tensor` to the next stage."""
+    if tensor is None:
+        raise InvariantError("send_to_next_pipeline_rank", "there is nothing to send", "pass tensor")
+    dist.send(tensor.contiguous(), dst=_only(parallel_state.get_pipeline_model_parallel_next_rank()))
