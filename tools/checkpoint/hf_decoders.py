@@ -123,7 +123,9 @@ def _llama_config(md: Namespace, saved: Namespace, wanted: str | None) -> Config
     }
     if kind == "mistral":
         config["sliding_window"] = None
-    return base(config, md, {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind] + "ForCausalLM")
+    return base(
+        config, md, saved, {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}[kind] + "ForCausalLM"
+    )
 
 
 _ATTENTION: list[Rule] = [
@@ -251,7 +253,7 @@ def _gpt2_config(md: Namespace, saved: Namespace, wanted: str | None) -> Config:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return base(config, md, "GPT2LMHeadModel")
+    return base(config, md, saved, "GPT2LMHeadModel")
 
 
 GPT2 = Family(

@@ -71,7 +71,7 @@ def _bert_config(md: Namespace, saved: Namespace, wanted: str | None) -> Config:
         "layer_norm_eps": norm_epsilon(saved),
     }
     return base(
-        config, md, "MegatronBertForPreTraining" if md.bert_binary_head else "MegatronBertForMaskedLM"
+        config, md, saved, "MegatronBertForPreTraining" if md.bert_binary_head else "MegatronBertForMaskedLM"
     )
 
 
@@ -191,7 +191,7 @@ def _t5_config(md: Namespace, saved: Namespace, wanted: str | None) -> Config:
         "scale_embedding": False,
         "pad_token_id": 0,
     }
-    return base(config, md, "BlenderbotForConditionalGeneration")
+    return base(config, md, saved, "BlenderbotForConditionalGeneration")
 
 
 def _t5_after_read(kind: str, message: Tensors, saved: Namespace) -> None:

@@ -61,10 +61,10 @@ def activation_arguments(config: Config, key: str) -> Config:
     return {"swiglu": False, "bias_gelu_fusion": name in _TANH_GELU, "openai_gelu": False}
 
 
-def base(config: Config, md: Namespace, architecture: str) -> Config:
+def base(config: Config, md: Namespace, saved: Namespace, architecture: str) -> Config:
     return {
         "architectures": [architecture],
-        "vocab_size": md.checkpoint_args.padded_vocab_size,
+        "vocab_size": saved.padded_vocab_size,
         "tie_word_embeddings": not md.output_layer,
         "torch_dtype": str(md.params_dtype).removeprefix("torch."),
         **config,

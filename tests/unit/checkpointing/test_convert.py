@@ -500,6 +500,14 @@ def test_plug_ins_of_ones_own(
     ]
 
 
+def test_the_table_as_written_is_the_vocabulary_converters_are_told(recorded: Path, tmp_path: Path) -> None:
+    _convert("GPT", "mcore", "megatron", recorded / "gpt" / "tp1pp1", tmp_path, "--true-vocab-size", "100")
+    (told,) = tmp_path.glob("*/hf_config.json")
+    (written,) = tmp_path.glob("*/mp_rank_00/model_optim_rng.pt")
+    embedding = load_file(written)["model"]["language_model"]["embedding"]["word_embeddings"]["weight"]
+    assert json.loads(told.read_text())["vocab_size"] == len(embedding) == 128
+
+
 def test_a_plug_in_that_breaks_is_no_success(
     recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
