@@ -8,14 +8,15 @@ from collections.abc import Sequence
 
 logger = logging.getLogger(__name__)
 
-_CALCULATOR: NumMicroBatchesCalculator | None = None
+#: Under v0.9's name: tests of users' programs set it to None.
+_GLOBAL_NUM_MICROBATCHES_CALCULATOR: NumMicroBatchesCalculator | None = None
 
 
 def _current() -> NumMicroBatchesCalculator:
-    assert _CALCULATOR is not None, (
+    assert _GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None, (
         "num microbatches calculator is not initialized; call init_num_microbatches_calculator() first"
     )
-    return _CALCULATOR
+    return _GLOBAL_NUM_MICROBATCHES_CALCULATOR
 
 
 def get_num_microbatches() -> int:
@@ -58,7 +59,7 @@ def init_num_microbatches_calculator(
     rampup_batch_size: None, or (start size, increment, samples over which to ramp up).
     decrease_batch_size_if_needed: round sizes that do not fill whole microbatches down instead of refusing them.
     """
-    assert _CALCULATOR is None, "num microbatches calculator is already initialized"
+    assert _GLOBAL_NUM_MICROBATCHES_CALCULATOR is None, "num microbatches calculator is already initialized"
     reconfigure_num_microbatches_calculator(
         rank,
         rampup_batch_size,
@@ -71,8 +72,8 @@ def init_num_microbatches_calculator(
 
 def destroy_num_microbatches_calculator() -> None:
     """Forget the process-wide calculator."""
-    global _CALCULATOR
-    _CALCULATOR = None
+    global _GLOBAL_NUM_MICROBATCHES_CALCULATOR
+    _GLOBAL_NUM_MICROBATCHES_CALCULATOR = None
 
 
 def reconfigure_num_microbatches_calculator(
@@ -84,15 +85,32 @@ def reconfigure_num_microbatches_calculator(
     decrease_batch_size_if_needed: bool = False,
 ) -> None:
     """Replace the process-wide calculator."""
-    global _CALCULATOR
+    global _GLOBAL_NUM_MICROBATCHES_CALCULATOR
+    _GLOBAL_NUM_MICROBATCHES_CALCULATOR = _build_num_microbatches_calculator(
+        rank,
+        rampup_batch_size,
+        global_batch_size,
+        micro_batch_size,
+        data_parallel_size,
+        decrease_batch_size_if_needed,
+    )
+
+
+def _build_num_microbatches_calculator(
+    rank: int,
+    rampup_batch_size: Sequence[int | str] | None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    decrease_batch_size_if_needed: bool,
+) -> NumMicroBatchesCalculator:
     if rampup_batch_size is None:
         constant = ConstantNumMicroBatchesCalculator(
             global_batch_size, micro_batch_size, data_parallel_size, decrease_batch_size_if_needed, rank
         )
         if rank == 0:
             logger.info(f"setting number of microbatches to constant {constant.get()}")
-        _CALCULATOR = constant
-        return
+        return constant
     assert len(rampup_batch_size) == 3, (
         "--rampup-batch-size takes three numbers: start batch size, increment, ramp-up samples; "
         f"got {list(rampup_batch_size)}"
@@ -103,7 +121,7 @@ def reconfigure_num_microbatches_calculator(
             f"will use batch size rampup starting from global batch size {start} to global batch size "
             f"{global_batch_size} with batch size increments {increment} over {samples} samples."
         )
-    _CALCULATOR = RampupBatchsizeNumMicroBatchesCalculator(
+    return RampupBatchsizeNumMicroBatchesCalculator(
         global_batch_size,
         micro_batch_size,
         data_parallel_size,

@@ -11,6 +11,7 @@ import torch
 from packaging.version import Version
 
 from megatron.core import device, utils
+from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.inference_params import InferenceParams
 
 
@@ -149,6 +150,20 @@ def test_device_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.rand(2), second)
     assert torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(3)))
     assert set(device.memory_stats().values()) == {0}
+
+
+def test_the_calculator_can_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tests of users' programs do it: by its name in the module."""
+    for sizes, expected in (((32, 8, 2, False), (2, 32, 32)), ((33, 8, 2, True), (2, 33, 32))):
+        monkeypatch.setattr(calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)
+        calculator.init_num_microbatches_calculator(0, None, *sizes)
+        assert expected == (
+            calculator.get_num_microbatches(),
+            calculator.get_current_global_batch_size(),
+            calculator.get_current_running_global_batch_size(),
+        )
+        with pytest.raises(AssertionError, match="already initialized"):
+            calculator.init_num_microbatches_calculator(0, None, *sizes)
 
 
 def test_generation_cache_swaps_samples() -> None:
