@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -251,3 +252,18 @@ class Timers:
             if ranks:
                 lines += [f"  {name}:", *ranks]
         return "\n".join(lines) if len(lines) > 1 else None
+
+
+@contextmanager
+def timed(config: Any, name: str, log_level: int = 1) -> Iterator[None]:
+    """Run a block under a timer of `config.timers`, if there are any.
+
+    With `config.barrier_with_L1_time` all ranks must call for a timer of level 1, which starts when the last one has.
+    """
+    if config.timers is None:
+        yield
+        return
+    timer = config.timers(name, log_level=log_level)
+    timer.start(barrier=log_level == 1 and config.barrier_with_L1_time)
+    yield
+    timer.stop()

@@ -78,7 +78,8 @@ def training_log(
     batch_size = args.micro_batch_size * args.data_parallel_size * get_num_microbatches()
     total_iterations = total_loss_dict[_ADVANCED] + total_loss_dict[_SKIPPED]
 
-    if args.log_timers_to_tensorboard and ctx.tensorboard and iteration % args.tensorboard_log_interval == 0:
+    if args.log_timers_to_tensorboard and iteration % args.tensorboard_log_interval == 0:
+        # Whether or not the writer is here: all ranks' times are gathered.
         ctx.timers.write(TIMERS_TO_LOG, ctx.tensorboard, iteration, normalizer=total_iterations)
     if ctx.tensorboard and iteration % args.tensorboard_log_interval == 0:
         if ctx.wandb:

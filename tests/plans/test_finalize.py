@@ -120,11 +120,13 @@ def test_swiglu_width(hidden: int, width: int) -> None:
 
 def test_fallbacks_and_derived_values_are_said() -> None:
     args = finished(
-        "--data-path a --sequence-parallel --no-one-logger --log-memory-to-tensorboard --vocab v.json"
+        "--data-path a --sequence-parallel --no-one-logger --log-memory-to-tensorboard --vocab v.json "
+        "--log-timers-to-tensorboard"
     )
     lines = "\n".join(arguments.notices(args))
     for word in ("--transformer-impl", "gloo", "--split", "--sequence-parallel", "--global-batch-size",
-                 "--no-one-logger has no effect", "--log-memory-to-tensorboard has no effect", "--vocab-file"):  # fmt: skip
+                 "--no-one-logger has no effect", "--log-memory-to-tensorboard has no effect",
+                 "--log-timers-to-tensorboard has no effect", "--vocab-file"):  # fmt: skip
         assert word in lines
     assert args.vocab_file == "v.json"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,20 +11,9 @@ from torch.distributed import ProcessGroup
 
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import update_fp8_scales
+from megatron.core.timers import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
-
-
-@contextmanager
-def _timed(config: TransformerConfig, name: str) -> Iterator[None]:
-    """Run a block under a level-1 timer, if the run has timers."""
-    if config.timers is None:
-        yield
-        return
-    timer = config.timers(name, log_level=1)
-    timer.start(barrier=config.barrier_with_L1_time)
-    yield
-    timer.stop()
 
 
 def _sum_sequence_parallel_grads(model: list[torch.nn.Module], config: TransformerConfig) -> None:
@@ -100,12 +87,12 @@ def finalize_model_grads(model: list[torch.nn.Module], num_tokens: Tensor | None
     scalar tensor), division by the tokens of the global batch.
     """
     config = get_model_config(model[0])
-    with _timed(config, "all-grads-sync"):
+    with timed(config, "all-grads-sync"):
         for chunk in model:
             chunk.finish_grad_sync()  # type: ignore[operator]
-    with _timed(config, "layernorm-grads-all-reduce"):
+    with timed(config, "layernorm-grads-all-reduce"):
         _sum_sequence_parallel_grads(model, config)
-    with _timed(config, "embedding-grads-all-reduce"):
+    with timed(config, "embedding-grads-all-reduce"):
         _sum_embedding_grads(model)
     if config.fp8 is not None:
         update_fp8_scales(model, config)

@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.distrib_checkpoint import read_parameter_state, write_parameter_state
 from megatron.core.optimizer.optimizer import MegatronOptimizer, StepResult
+from megatron.core.timers import timed
 
 if TYPE_CHECKING:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -128,7 +129,7 @@ class ChainedOptimizer(MegatronOptimizer):
         norm = self.grad_norm_tensor()
         if self.config.clip_grad > 0.0:
             for optimizer in self.chained_optimizers:
-                with optimizer.timed("optimizer-clip-main-grad"):
+                with timed(optimizer.config, "optimizer-clip-main-grad"):
                     optimizer.clip_by(self.config.clip_grad, norm)
         num_zeros = self.count_zeros() if self.config.log_num_zeros_in_grad else 0
         success = self.step_with_ready_grads()

@@ -19,6 +19,7 @@ from megatron.core.optimizer.mixed_precision import HALF, MixedPrecisionOptimize
 from megatron.core.optimizer.optimizer import InitState, drop_grads
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.shard_layout import Piece, Range, plan_shards
+from megatron.core.timers import timed
 
 __all__ = ["DistributedOptimizer", "OwnedPiece", "Range"]
 
@@ -175,7 +176,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
             for group in self._bucket_groups:
                 group.mark_params_stale()
         else:
-            with self.timed("params-all-gather"):
+            with timed(self.config, "params-all-gather"):
                 for group in self._bucket_groups:
                     group.start_param_sync()
         return success

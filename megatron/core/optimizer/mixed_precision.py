@@ -26,6 +26,7 @@ from megatron.core.optimizer.optimizer import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.tensor_parallel.placement import copy_tensor_model_parallel_attributes
+from megatron.core.timers import timed
 from megatron.core.utils import log_single_rank
 
 logger = logging.getLogger(__name__)
@@ -95,11 +96,11 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Copy gradients to the main copies, unscale and check them, adapt the scale; True to skip the step."""
-        with self.timed("optimizer-copy-to-main-grad"):
+        with timed(self.config, "optimizer-copy-to-main-grad"):
             self._copy_model_grads_to_main_grads()
         if self.grad_scaler is None:
             return False
-        with self.timed("optimizer-unscale-and-check-inf"):
+        with timed(self.config, "optimizer-unscale-and-check-inf"):
             found_inf = self._unscale_and_find_inf()
         self.grad_scaler.update(found_inf)
         return found_inf
@@ -107,11 +108,11 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Update the main copies, then the model."""
-        with self.timed("optimizer-inner-step"):
+        with timed(self.config, "optimizer-inner-step"):
             self.optimizer.step()
         # Copies of half-precision gradients must not stay alive through the next forward and backward.
         drop_grads(self.get_parameters())
-        with self.timed("optimizer-copy-main-to-model-params"):
+        with timed(self.config, "optimizer-copy-main-to-model-params"):
             self._copy_main_params_to_model_params()
         return True
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from megatron.core.optimizer.clip_grads import (
 )
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.optimizer.param_groups import group_key
+from megatron.core.timers import timed
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -180,24 +180,13 @@ class MegatronOptimizer(ABC):
             return False, None, None
         grad_norm: float | Tensor | None = None
         if self.config.clip_grad > 0.0:
-            with self.timed("optimizer-clip-main-grad"):
+            with timed(self.config, "optimizer-clip-main-grad"):
                 grad_norm = self.clip_grad_norm(self.config.clip_grad)
         num_zeros = None
         if self.config.log_num_zeros_in_grad:
-            with self.timed("optimizer-count-zeros"):
+            with timed(self.config, "optimizer-count-zeros"):
                 num_zeros = self.count_zeros()
         return self.step_with_ready_grads(), grad_norm, num_zeros
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Run a block under a level-1 timer, if the run has timers."""
-        if self.config.timers is None:
-            yield
-            return
-        timer = self.config.timers(name, log_level=1)
-        timer.start(barrier=self.config.barrier_with_L1_time)
-        yield
-        timer.stop()
 
     def get_loss_scale(self) -> Tensor:
         """The current loss scale, [1] fp32."""
@@ -314,7 +303,7 @@ class FP32Optimizer(MegatronOptimizer):
 
     def prepare_grads(self) -> bool:
         """Let the torch optimizer read the flat buffers. Never skips a step."""
-        with self.timed("optimizer-copy-to-main-grad"):
+        with timed(self.config, "optimizer-copy-to-main-grad"):
             for param in self.get_parameters():
                 if hasattr(param, "main_grad"):
                     param.grad = param.main_grad
@@ -322,7 +311,7 @@ class FP32Optimizer(MegatronOptimizer):
 
     def step_with_ready_grads(self) -> bool:
         """Update, and let go of the buffers: autograd would otherwise add into them behind the hooks' back."""
-        with self.timed("optimizer-inner-step"):
+        with timed(self.config, "optimizer-inner-step"):
             self.optimizer.step()
         drop_grads([param for param in self.get_parameters() if hasattr(param, "main_grad")])
         return True

@@ -26,6 +26,7 @@ from megatron.core.pipeline_parallel.microbatch import (
     forward_step,
 )
 from megatron.core.pipeline_parallel.plan import Geometry, Message, Op, Plan, exchanges, last_backwards
+from megatron.core.timers import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 #: Shapes of the tensors of one message, given the pipeline stage that sends it.
@@ -176,18 +177,19 @@ class _Link:
             parts[message] = slice(len(receives), len(receives) + len(shapes))
             source = self._ranks[message.peer]
             receives += [p2p.Receive(s, source, self._tag(message, part)) for part, s in enumerate(shapes)]
-        transfer = p2p.start(
-            sends,
-            receives,
-            group=p2p.pipeline_group(),
-            dtype=p2p.pipeline_dtype(config),
-            device=device.current(),
-            announce_shapes=config.variable_seq_lengths,
-        )
+        with timed(config, p2p.timer_name(_directions(call.sends), _directions(call.receives)), 2):
+            transfer = p2p.start(
+                sends,
+                receives,
+                group=p2p.pipeline_group(),
+                dtype=p2p.pipeline_dtype(config),
+                device=device.current(),
+                announce_shapes=config.variable_seq_lengths,
+            )
+            if not config.overlap_p2p_comm:
+                transfer.wait()
         for message, part in parts.items():
             self._inbox[message] = (transfer, part)
-        if not config.overlap_p2p_comm:
-            transfer.wait()
         if self._unfinished is not None:
             self._unfinished.sent()
         self._unfinished = transfer
@@ -201,6 +203,10 @@ class _Link:
         virtuals = self._geometry.last_virtual + 1
         unit = message.microbatch * virtuals + message.virtual
         return ((unit * 2 + (message.kind == "B")) * 2 + part) + 2
+
+
+def _directions(messages: Iterable[Message]) -> set[str]:
+    return {"forward" if message.kind == "F" else "backward" for message in messages}
 
 
 class _GradSyncWindows(contextlib.AbstractContextManager["_GradSyncWindows"]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.variable import Variable
 from megatron.core import device, parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.errors import InvariantError
+from megatron.core.timers import timed
 from megatron.core.transformer.moe.aux_losses import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model, get_model_type
@@ -64,19 +65,6 @@ def set_current_microbatch(model: torch.nn.Module, microbatch_id: int) -> None:
         layer.current_microbatch = microbatch_id
 
 
-def _timed(config: TransformerConfig, name: str) -> contextlib.AbstractContextManager[None]:
-    return (
-        _running(config.timers(name, log_level=2)) if config.timers is not None else contextlib.nullcontext()
-    )
-
-
-@contextlib.contextmanager
-def _running(timer: Any) -> Iterator[None]:
-    timer.start()
-    yield
-    timer.stop()
-
-
 def forward_step(
     forward_step_func: Callable[..., Any],
     data_iterator: Any,
@@ -97,7 +85,7 @@ def forward_step(
     Returns the stage's output and the number of tokens of this microbatch (0 away from the last stage). On the last stage
     the output is the loss to differentiate, divided by tokens and microbatches unless `config.calculate_per_token_loss`.
     """
-    with _timed(config, "forward-compute"):
+    with timed(config, "forward-compute", 2):
         tell_first: Callable[[], None] | None = getattr(model, "set_is_first_microbatch", None)
         if is_first_microbatch and tell_first is not None:
             tell_first()
@@ -165,7 +153,7 @@ def backward_step(
 
     Without a gradient for the output (the last stage) the output is the loss, scaled by `config.grad_scale_func`.
     """
-    with _timed(config, "backward-compute"):
+    with timed(config, "backward-compute", 2):
         as_list = isinstance(input_tensor, list)
         inputs: Tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         outputs: Tensors = output_tensor if isinstance(output_tensor, list) else [output_tensor]

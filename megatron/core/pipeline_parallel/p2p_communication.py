@@ -7,7 +7,7 @@ classic names. On gloo each transfer is its own tagged message; on NCCL, which m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron.core import device, parallel_state
 from megatron.core.errors import ScheduleError
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.timers import timed
 
 Shape = Sequence[int] | torch.Size
 
@@ -66,6 +67,13 @@ class Transfer:
         for work in self._sending:
             work.wait()
         self._sending, self._payloads = [], []
+
+
+def timer_name(sent: Collection[str], received: Collection[str]) -> str:
+    """v0.9's name for the time of an exchange that sends and receives these kinds: "forward", "backward" or both."""
+    if len(sent) > 1 or len(received) > 1:
+        return "forward-backward-send-forward-backward-recv"
+    return "-".join([*(f"{kind}-send" for kind in sent), *(f"{kind}-recv" for kind in received)])
 
 
 def start(
@@ -156,11 +164,17 @@ def _exchange(
     from_next: Shape | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """One group of neighbour transfers, waited for; returns what came from the previous and from the next stage."""
-    transfer = _start_with_neighbours(
-        config, to_next=to_next, to_prev=to_prev, from_prev=from_prev, from_next=from_next
-    )
-    received = transfer.wait()
-    transfer.sent()
+    directions = ("forward", to_next, from_prev), ("backward", to_prev, from_next)
+    sent = [kind for kind, tensor, _ in directions if tensor is not None]
+    expected = [kind for kind, _, shape in directions if shape is not None]
+    if not sent and not expected:
+        return None, None
+    with timed(config, timer_name(sent, expected), 2):
+        transfer = _start_with_neighbours(
+            config, to_next=to_next, to_prev=to_prev, from_prev=from_prev, from_next=from_next
+        )
+        received = transfer.wait()
+        transfer.sent()
     return (
         received.pop(0) if from_prev is not None else None,
         received.pop(0) if from_next is not None else None,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from megatron.core.pipeline_parallel.microbatch import (
 )
 from megatron.core.pipeline_parallel.p2p_communication import Shape
 from megatron.core.pipeline_parallel.plan import Geometry, forward_only, make_plan
+from megatron.core.timers import timed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import (
     drain_embedding_wgrad_compute,
@@ -212,7 +212,7 @@ def _run(
         first_val_step=first_val_step,
         encoder_decoder_xattn=xattn,
     )
-    with _timer(config, "forward-backward"), torch.set_grad_enabled(not evaluate):
+    with timed(config, "forward-backward"), torch.set_grad_enabled(not evaluate):
         reported, num_tokens = executor.run(job)
         if not evaluate:
             finish_embedding_wgrad_compute(config, embedding_module)
@@ -315,16 +315,6 @@ def _one_each(data_iterators: Any, chunks: int) -> list[Any]:
         f"the interleaved schedule takes a list with one iterator for each of the {chunks} model chunks",
         "make as many iterators over the same data",
     )
-
-
-@contextlib.contextmanager
-def _timer(config: TransformerConfig, name: str) -> Iterator[None]:
-    if config.timers is None:
-        yield
-        return
-    config.timers(name, log_level=1).start(barrier=config.barrier_with_L1_time)
-    yield
-    config.timers(name).stop()
 
 
 # ---- transfers of lists of tensors, under their classic names ----------------------------------------------------------

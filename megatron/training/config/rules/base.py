@@ -37,17 +37,19 @@ def check_supported(args: Any) -> None:
             raise FlagError(flag.spellings[0], f"not supported: {flag.reason}", fix)
 
 
-def _line(flag: Flag) -> str | None:
+def _line(flag: Flag, args: Any) -> str | None:
     if flag.status in ("noop", "deprecated"):
         effect = "has no effect" if flag.status == "noop" else "is deprecated"
         return f"{flag.spellings[0]} {effect}: {explanation(flag)}"
     if flag.status == "gpu" and not capability.probe().has_cuda:
         return f"{flag.spellings[0]} has no effect: it needs a CUDA device"
+    if flag.dest.endswith("_to_tensorboard") and getattr(args, flag.dest) and not args.tensorboard_dir:
+        return f"{flag.spellings[0]} has no effect: it needs --tensorboard-dir"
     return None
 
 
 def ignored_flags(args: Any) -> list[str]:
     """One line for each flag the user typed that does nothing here, or has a better name."""
     given = set(getattr(args, "args_given", ()))
-    lines = (_line(flag) for flag in all_flags() if flag.dest in given)
+    lines = (_line(flag, args) for flag in all_flags() if flag.dest in given)
     return [line for line in lines if line is not None]
