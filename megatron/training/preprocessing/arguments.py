@@ -178,7 +178,8 @@ def _positive_integer(flag: str, text: str) -> int:
 def modernize(arguments: list[str]) -> list[str]:
     """The command line with today's option names; each change but a plain abbreviation is reported on stderr."""
     result: list[str] = []
-    rest = list(arguments)
+    # Programs that call the tool put paths and numbers into sys.argv, too.
+    rest = [str(argument) for argument in arguments]
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
