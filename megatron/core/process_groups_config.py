@@ -7,6 +7,7 @@ is None, every size 1, every rank 0.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -110,7 +111,8 @@ class ProcessGroupCollection:
             if isinstance(group, ProcessGroup)
         }
         for group in opened.values():
-            dist.destroy_process_group(group)
+            with contextlib.suppress(ValueError):  # it ended with an earlier world
+                dist.destroy_process_group(group)
 
 
 def create(

@@ -8,9 +8,10 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from packaging.version import Version
 
-from megatron.core import device, utils
+from megatron.core import device, parallel_state, utils
 from megatron.core import num_microbatches_calculator as calculator
 from megatron.core.inference_params import InferenceParams
 
@@ -164,6 +165,18 @@ def test_the_calculator_can_be_made_anew(monkeypatch: pytest.MonkeyPatch) -> Non
         )
         with pytest.raises(AssertionError, match="already initialized"):
             calculator.init_num_microbatches_calculator(0, None, *sizes)
+
+
+def test_groups_of_a_world_that_ended_are_forgotten() -> None:
+    try:
+        for _ in range(2):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            parallel_state.destroy_model_parallel()
+            parallel_state.initialize_model_parallel()
+            assert parallel_state.get_data_parallel_world_size() == 1
+            dist.destroy_process_group()
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 def test_generation_cache_swaps_samples() -> None:
