@@ -11,7 +11,9 @@ from torch import Tensor
 
 from megatron.core.fusions import fused_bias_geglu, fused_bias_gelu, fused_bias_swiglu
 from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
 from megatron.core.transformer.utils import attention_mask_func
 
 
@@ -36,6 +38,19 @@ def test_causal_scores_without_a_mask_are_square_or_of_one_query() -> None:
     with pytest.raises(AssertionError, match="4 queries and 6 keys"):
         causal(torch.zeros(1, 1, 4, 6), None)
     assert softmax(AttnMaskType.padding)(torch.zeros(1, 1, 4, 6), None).shape == (1, 1, 4, 6)
+
+
+def test_the_norm_of_a_layer_counts_as_one_of_torch() -> None:
+    config = TransformerConfig(num_layers=1, hidden_size=6, num_attention_heads=2)
+    norm = WrappedTorchLayerNorm(config, 6, eps=1e-3)
+    assert isinstance(norm, torch.nn.LayerNorm) and norm.normalized_shape == (6,)
+    assert str(norm).endswith(str(torch.nn.LayerNorm(6, eps=1e-3)).removeprefix("LayerNorm"))
+    assert {name: value.shape for name, value in norm.state_dict().items()} == {"weight": (6,), "bias": (6,)}
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(6.0))
+        norm.bias.fill_(0.5)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(norm(x), F.layer_norm(x, (6,), torch.arange(6.0), torch.full((6,), 0.5), 1e-3))
 
 
 def gated(y: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class WrappedTorchLayerNorm(FusedLayerNorm):
+class WrappedTorchLayerNorm(FusedLayerNorm, torch.nn.LayerNorm):  # type: ignore[misc]
     """LayerNorm or RMSNorm [*, h] -> [*, h]; v0.9's name for the norm used when no kernel library is
     installed.
+
+    It counts as torch's LayerNorm, by which users' code finds norms, and describes itself as such.
     """
 
     def __init__(
@@ -28,3 +32,4 @@ class WrappedTorchLayerNorm(FusedLayerNorm):
             zero_centered_gamma,
             normalization or config.normalization,
         )
+        self.normalized_shape, self.elementwise_affine = tuple(self.hidden_size), True
