@@ -331,13 +331,6 @@ def experts_exist(config: TransformerConfig) -> bool:
     return config.num_moe_experts is None or config.num_moe_experts > 0
 
 
-@rule(RULES, "--moe-router-topk", "--num-experts", bad="--num-experts 4 --moe-router-topk 5",
-      why="each token is to be sent to {a.moe_router_topk} of {a.num_moe_experts} experts",
-      fix="choose a top-k between 1 and the number of experts")
-def topk_is_within_experts(config: TransformerConfig) -> bool:
-    return config.num_moe_experts is None or 1 <= config.moe_router_topk <= config.num_moe_experts
-
-
 @rule(RULES, "--moe-expert-capacity-factor", "--moe-token-dispatcher-type",
       bad="--num-experts 4 --moe-expert-capacity-factor 1.0",
       why="the {a.moe_token_dispatcher_type} dispatcher cannot drop tokens",

@@ -218,3 +218,8 @@ def test_refusals() -> None:
         topk_softmax_with_capacity(torch.zeros(2, 3), 2, 1.0, drop_policy="other")
     with pytest.raises(ValueError, match="disable-bias-linear"):
         layer(moe_grouped_gemm=True)
+    made = layer(
+        num_moe_experts=1, moe_router_topk=2
+    )  # v0.9 builds it; only a token shows that it cannot work
+    with pytest.raises(ValueError, match="2 of 1 experts"):
+        made(torch.zeros(1, 1, 16, dtype=torch.float64))

@@ -153,6 +153,14 @@ class TopKRouter(Router):
 
     def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [.., e] -> probabilities and indices."""
+        if (
+            not 1 <= self.topk <= self.num_experts
+        ):  # which a layer that is only built may leave open, as in v0.9
+            raise InvariantError(
+                "moe_router_topk (--moe-router-topk)",
+                f"each token is to be sent to {self.topk} of {self.num_experts} experts",
+                "choose a top-k between 1 and the number of experts",
+            )
         logits = self.apply_z_loss(logits.reshape(-1, logits.size(-1)))
         if self.routing_type == "sinkhorn":
             return self.sinkhorn_load_balancing(logits)

@@ -136,6 +136,13 @@ def training_experts_needs_own_tokens(args: Any) -> bool:
     return args.num_experts is None or args.tensor_model_parallel_size == 1 or args.sequence_parallel
 
 
+@rule(TRAINING, "--moe-router-topk", "--num-experts", bad="--num-experts 4 --moe-router-topk 5",
+      why="each token is to be sent to {a.moe_router_topk} of {a.num_experts} experts",
+      fix="choose a top-k between 1 and the number of experts")
+def topk_is_within_experts(args: Any) -> bool:
+    return args.num_experts is None or 1 <= args.moe_router_topk <= args.num_experts
+
+
 @rule(TRAINING, "--eval-interval", bad="--eval-interval 0", why="evaluations every {a.eval_interval} steps never come",
       fix="give 1 or more; --eval-iters 0 switches evaluation off")
 def evaluation_interval_is_positive(args: Any) -> bool:
