@@ -127,21 +127,21 @@ def _fit_optimizer(stored: dict[Any, Any], wanted: dict[Any, Any]) -> None:
     """Move what is common to all optimizers to where this run's kind keeps it, in place.
 
     The fp32 optimizer has its parameter groups at the top, the others under `optimizer`; the step count is in the
-    groups or beside the state. Chained optimizers are numbered. Experts have an optimizer of their own only while they
-    are divided over ranks, so a run may chain where the checkpoint does not: then every part is offered all groups.
+    groups or beside the state. Chained optimizers are numbered, a single one has no numbers. Experts have an optimizer
+    of their own only while they are divided over ranks, so a run may chain where the checkpoint does not: then every
+    part is offered all groups.
     """
-    chained = "optimizer" not in wanted and "param_groups" not in wanted
-    likes = list(wanted.values()) if chained else [wanted]
-    parts = [part for name, part in stored.items() if isinstance(name, int) and _groups_of(part)]
-    groups: list[dict[str, Any]] | None = None
-    if len(parts) != (len(likes) if chained else 0):
-        sources = parts or [stored]
-        groups = _for_experts_and_others([group for part in sources for group in _groups_of(part)])
-        for name in [name for name in stored if isinstance(name, int) != chained]:
-            del stored[name]
-    places = [stored.setdefault(number, {}) for number in wanted] if chained else [stored]
-    for place, like in zip(places, likes):
-        _fit_one(place, like, _groups_of(place) if groups is None else groups)
+    numbers = [name for name in wanted if isinstance(name, int)]
+    theirs = [part for name, part in stored.items() if isinstance(name, int) and _groups_of(part)]
+    shared: list[dict[str, Any]] | None = None
+    if len(theirs) != len(numbers):
+        every = [group for part in theirs or [stored] for group in _groups_of(part)]
+        shared = _for_experts_and_others(every)
+    for name in [name for name in stored if isinstance(name, int) != bool(numbers)]:
+        del stored[name]
+    places = [(stored.setdefault(number, {}), wanted[number]) for number in numbers] or [(stored, wanted)]
+    for place, like in places:
+        _fit_one(place, like, _groups_of(place) if shared is None else shared)
 
 
 def _groups_of(part: dict[Any, Any]) -> list[dict[str, Any]]:
