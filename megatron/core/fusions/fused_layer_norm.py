@@ -97,6 +97,7 @@ class FusedLayerNorm(torch.nn.Module):
         self.eps = eps
         self.zero_centered_gamma = zero_centered_gamma or config.layernorm_zero_centered_gamma
         self.normalization = normalization
+        self.persist_layer_norm = persist_layer_norm
         self.sequence_parallel = config.sequence_parallel
         self.weight = Parameter(torch.empty(self.hidden_size))
         self.weight.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]

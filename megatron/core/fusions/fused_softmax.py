@@ -131,6 +131,7 @@ class FusedScaleMaskSoftmax(nn.Module):
             raise InvariantError(
                 "scale", "the scaled scores would overflow in half precision", "set softmax_in_fp32=True"
             )
+        self.input_in_fp16, self.input_in_bf16 = input_in_fp16, input_in_bf16
         self.input_in_float16 = input_in_fp16 or input_in_bf16
         self.attn_mask_type = attn_mask_type
         self.mask_func = mask_func

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron.core import device
@@ -106,6 +107,8 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
         if hasattr(self.mlp, "set_layer_number"):
             self.mlp.set_layer_number(self.layer_number)
         self.mlp_bda = _joint(submodules.mlp_bda, config)
+        # Around the joints in forward passes that users' subclasses took over from v0.9.
+        self.bias_dropout_add_exec_handler = torch.enable_grad
 
     @staticmethod
     def _get_layer_offset(config: TransformerConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 VOCAB, LENGTH = 64, 16
 BASE: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
@@ -124,6 +127,40 @@ def test_spec_parameters_win_and_errors_name_the_class() -> None:
         build_module(Needs, width=3)
     with pytest.raises(ValueError, match=r"no\.such\.module"):
         build_module(ModuleSpec(("no.such.module", "Thing")))
+
+
+class AsInV09(TransformerLayer):
+    """A layer as users' programs derive it: the forward pass is their own, its parts are the base's."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, **others: Any
+    ) -> tuple[Tensor, None]:
+        for norm, part, joint in (
+            (
+                self.input_layernorm,
+                partial(self.self_attention, attention_mask=attention_mask),
+                self.self_attn_bda,
+            ),
+            (self.pre_mlp_layernorm, self.mlp, self.mlp_bda),
+        ):
+            changed = part(norm(hidden_states))
+            with self.bias_dropout_add_exec_handler():
+                add = joint(self.training, self.config.bias_dropout_fusion)
+                hidden_states = add(changed, hidden_states, self.hidden_dropout)
+        return hidden_states, None
+
+
+def test_a_derived_layer_finds_the_parts_of_v09() -> None:
+    config = TransformerConfig(
+        num_layers=2, hidden_size=16, num_attention_heads=4, recompute_granularity="selective"
+    )
+    spec = get_gpt_layer_local_spec()
+    block = TransformerBlock(config, spec).eval()
+    derived = TransformerBlock(config, ModuleSpec(AsInV09, submodules=spec.submodules)).eval()
+    derived.load_state_dict(block.state_dict())
+    assert block.checkpoint_core_attention and all(isinstance(layer, AsInV09) for layer in derived.layers)
+    hidden = torch.randn(5, 2, 16)
+    torch.testing.assert_close(derived(hidden, None), block(hidden, None))
 
 
 def test_tokentypes_and_inputs_are_checked() -> None:

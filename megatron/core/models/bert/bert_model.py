@@ -51,6 +51,7 @@ class BertEncoder(LanguageModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
+        self.transformer_layer_spec = transformer_layer_spec
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
         self.pre_process = pre_process
