@@ -30,6 +30,9 @@ __all__ = ["DType", "IndexedDataset", "IndexedDatasetBuilder", "get_bin_path", "
 
 logger = logging.getLogger(__name__)
 
+#: What v0.9 calls them; its users ask which one a dataset chose.
+_MMapBinReader, _FileBinReader, _S3BinReader = MMapBinReader, FileBinReader, utils_s3.ObjectBinReader
+
 
 class IndexedDataset(torch.utils.data.Dataset):
     """The sequences of one prefix.

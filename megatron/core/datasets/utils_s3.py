@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple, Protocol
+import shutil
+import sys
+import tempfile
+from importlib.util import find_spec
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy
 
 from megatron.core.datasets.files import write_atomically
 from megatron.core.errors import DataError
+
+S3_PREFIX = "s3://"
 
 
 class S3Config(NamedTuple):
@@ -28,19 +34,26 @@ def is_object_storage_path(path: str) -> bool:
 
 def is_s3_path(path: str) -> bool:
     """True for `s3://...`."""
-    return path.startswith("s3://")
+    return path.startswith(S3_PREFIX)
 
 
 def parse_s3_path(path: str) -> tuple[str, str]:
     """Split `s3://bucket/key` into bucket and key."""
     if not is_s3_path(path):
         raise DataError(path, "is not an S3 path", "write s3://bucket/key")
-    bucket, _, key = path[len("s3://") :].partition("/")
+    bucket, _, key = path[len(S3_PREFIX) :].partition("/")
     return bucket, key
 
 
 def open_filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system that serves a URL, and the path inside it."""
+    """The fsspec file system that serves a URL, and the path inside it; for `s3://` boto3 where s3fs is missing."""
+    if is_s3_path(path) and find_spec("s3fs") is None:
+        try:
+            import boto3
+        except ImportError:
+            pass  # fsspec says below what to install
+        else:
+            return _Boto3FileSystem(boto3.client("s3")), path
     try:
         import fsspec
     except ImportError as error:
@@ -84,6 +97,38 @@ def object_exists(client: S3Client, path: str) -> bool:
             return False
         raise
     return True
+
+
+class _Boto3FileSystem:
+    """What is asked of an fsspec file system here, through the client that v0.9 reads with. Paths are `s3://` URLs."""
+
+    def __init__(self, client: S3Client) -> None:
+        self._client = client
+
+    def exists(self, path: str) -> bool:
+        """Whether there is such an object."""
+        return object_exists(self._client, path)
+
+    def size(self, path: str) -> int:
+        """Bytes of an object; without end where the store does not say."""
+        bucket, key = parse_s3_path(path)
+        return int(self._client.head_object(Bucket=bucket, Key=key).get("ContentLength", sys.maxsize))
+
+    def get_file(self, path: str, stream: BinaryIO) -> None:
+        """Copy an object; boto3 downloads to a path, in parallel parts."""
+        bucket, key = parse_s3_path(path)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(stream.name) or ".") as directory:
+            downloaded = os.path.join(directory, "object")
+            self._client.download_file(Bucket=bucket, Key=key, Filename=downloaded)
+            with open(downloaded, "rb") as source:
+                shutil.copyfileobj(source, stream, 1 << 24)
+
+    def cat_file(self, path: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes [start, end) of an object, or as many as there are."""
+        bucket, key = parse_s3_path(path)
+        last = (self.size(path) if end is None else end) - 1
+        response = self._client.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{last}")
+        return response["Body"].read()
 
 
 def url_exists(path: str) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import pickle
+import shutil
 import struct
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import fsspec
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron.core.datasets import indexed_dataset, utils_s3
 from megatron.core.datasets.indexed_dataset import (
     DType,
     IndexedDataset,
@@ -260,6 +265,63 @@ def test_changed_remote_index_is_downloaded_again(tmp_path: Path) -> None:
         for path in (get_bin_path, get_idx_path):
             filesystem.pipe_file(path("/changing/x"), Path(path(prefix)).read_bytes())
         assert len(IndexedDataset("memory://changing/x", s3_config=config)) == len(IndexedDataset(prefix))
+
+
+class Bucket:
+    """A boto3 client over a directory; `Range` includes its last byte and may reach beyond the object."""
+
+    root = Path()
+
+    def __init__(self, service: str) -> None:
+        assert service == "s3"
+
+    def path(self, bucket: str, key: str) -> Path:
+        found = self.root / bucket / key
+        if not found.exists():
+            raise ClientError({"Error": {"Code": "404"}})
+        return found
+
+    def head_object(self, Bucket: str, Key: str) -> dict[str, Any]:
+        return {"ContentLength": self.path(Bucket, Key).stat().st_size}
+
+    def download_file(self, Bucket: str, Key: str, Filename: str) -> None:
+        Path(Filename).write_bytes(self.path(Bucket, Key).read_bytes())
+
+    def get_object(self, Bucket: str, Key: str, Range: str) -> dict[str, Any]:
+        first, last = map(int, Range.removeprefix("bytes=").split("-"))
+        return {"Body": io.BytesIO(self.path(Bucket, Key).read_bytes()[first : last + 1])}
+
+
+class ClientError(Exception):
+    def __init__(self, response: dict[str, Any]) -> None:
+        self.response = response
+
+
+@pytest.mark.parametrize("chunk_bytes", [64, 1 << 28])
+def test_s3_is_read_with_boto3_as_v09_does(
+    chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provided = {"boto3": {"client": Bucket}, "botocore.exceptions": {"ClientError": ClientError}}
+    for name, contents in provided.items():
+        module = ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(utils_s3, "find_spec", lambda name: None)  # without s3fs
+    monkeypatch.setattr(Bucket, "root", tmp_path / "stored")
+    local = IndexedDataset("bin/gpt_a_text_document")
+    folder = tmp_path / "stored" / "bucket" / "folder"
+    folder.mkdir(parents=True)
+    for path in (get_bin_path, get_idx_path):
+        shutil.copy(path("bin/gpt_a_text_document"), folder)
+    for cache in (str(tmp_path / "cache"), None):
+        config = S3Config(path_to_idx_cache=cache, bin_chunk_nbytes=chunk_bytes)
+        remote = IndexedDataset("s3://bucket/folder/gpt_a_text_document", mmap=False, s3_config=config)
+        assert isinstance(remote.bin_reader, indexed_dataset._S3BinReader)
+        for i in range(len(local)):
+            np.testing.assert_array_equal(remote[i], local[i])
+    assert isinstance(local.bin_reader, indexed_dataset._MMapBinReader)
+    with pytest.raises(DataError, match="cannot be found"):
+        IndexedDataset("s3://bucket/folder/other", s3_config=config)
 
 
 def test_url_without_driver() -> None:
