@@ -75,9 +75,8 @@ class TransformerBlock(MegatronModule):
         self.pre_process = pre_process
         self.post_process = post_process
         self.input_tensor: Tensor | None = None
-        self.checkpoint_core_attention = (
-            config.recompute_granularity == "selective"
-        )  # done by the layers themselves
+        # The layers see to it themselves; users' code asks here.
+        self.checkpoint_core_attention = config.recompute_granularity == "selective"
 
         specs = self.submodules.layer_specs or []
         before = layers_here(config, pg_collection).start
