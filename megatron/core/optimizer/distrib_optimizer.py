@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
-from megatron.core.errors import ConfigError
+from megatron.core.errors import InvariantError
 from megatron.core.optimizer.adam import Adam
 from megatron.core.optimizer.distrib_checkpoint import ParameterStateFormats
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
@@ -70,7 +70,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
         data_parallel_group_idx: int,
     ) -> None:
         if not isinstance(optimizer, Adam):
-            raise ConfigError(
+            raise InvariantError(
                 f"--use-distributed-optimizer --optimizer {config.optimizer}",
                 "only adam's state can be divided over data-parallel ranks",
                 "drop --use-distributed-optimizer or use --optimizer adam",

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.errors import InvariantError
 from megatron.core.tensor_parallel.layers import new_weight
 from megatron.core.tensor_parallel.placement import Placed
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -96,8 +97,10 @@ class GroupedMLP(MegatronModule):
     ) -> None:
         super().__init__(config)
         if config.add_bias_linear:
-            raise ValueError(
-                "grouped experts have no biases: add --disable-bias-linear, or drop --moe-grouped-gemm"
+            raise InvariantError(
+                "--moe-grouped-gemm",
+                "grouped experts have no biases",
+                "add --disable-bias-linear, or drop --moe-grouped-gemm",
             )
         self.groups = parallel_state.resolve(pg_collection)
         self.num_local_experts = num_local_experts
