@@ -122,22 +122,23 @@ def map_reduce(
     value_fn: Callable[[Any], Any] = lambda x: x,
     reduce_fn: Callable[[list], Any] = lambda x: x,
 ) -> dict:
-    """Group `xs` by key_fn, collect value_fn of each, reduce every group; keys come out sorted."""
+    """Group `xs` by key_fn, collect value_fn of each, reduce every group; keys come in the order of their first members."""
     groups: dict[Any, list] = defaultdict(list)
     for x in xs:
         groups[key_fn(x)].append(value_fn(x))
-    return {key: reduce_fn(groups[key]) for key in sorted(groups)}
+    return {key: reduce_fn(group) for key, group in groups.items()}
 
 
 def diff(x1: Any, x2: Any, prefix: tuple = ()) -> tuple[list, list, list]:
     """Compare two trees: (paths only in x1, paths only in x2, (path, type1, type2) of unequal leaves).
 
-    Tensors are equal when all their values are; leaves that carry a `data` tensor compare that.
+    Trees are compared by their content: an OrderedDict may equal a dict, a parameter a tensor. Tensors are equal when all
+    their values are, wherever they are; leaves that carry a `data` tensor compare that.
     """
     only_left: list = []
     only_right: list = []
     mismatch: list = []
-    if isinstance(x1, (dict, list)) and type(x1) is type(x2):
+    if any(isinstance(x1, kind) and isinstance(x2, kind) for kind in (dict, list)):
         left = dict(x1.items() if isinstance(x1, dict) else enumerate(x1))
         right = dict(x2.items() if isinstance(x2, dict) else enumerate(x2))
         only_left = [(*prefix, key) for key in left if key not in right]
@@ -153,11 +154,9 @@ def diff(x1: Any, x2: Any, prefix: tuple = ()) -> tuple[list, list, list]:
 
 
 def _leaves_equal(x1: Any, x2: Any) -> bool:
-    if type(x1) is not type(x2):
-        return False
-    if isinstance(x1, torch.Tensor):
-        return x1.shape == x2.shape and bool(torch.all(x1 == x2))
-    if isinstance(getattr(x1, "data", None), torch.Tensor):
+    if isinstance(x1, torch.Tensor) and isinstance(x2, torch.Tensor):
+        return x1.shape == x2.shape and bool(torch.all(x1.cpu() == x2.cpu()))
+    if type(x1) is type(x2) and isinstance(getattr(x1, "data", None), torch.Tensor):
         return _leaves_equal(x1.data, x2.data)
     return bool(x1 == x2)
 

@@ -183,7 +183,7 @@ def load_common_state_dict(checkpoint_dir: str) -> CommonStateDict:
 def load_tensors_metadata(
     checkpoint_dir: str, sharded_strategy: LoadShardedStrategy | None = None
 ) -> dict[str, ShardedTensor]:
-    """key -> ShardedTensor without data, covering the whole stored tensor."""
+    """key -> ShardedTensor without data, covering the whole stored tensor, flattened if its pieces are."""
     sharded_strategy, _ = verify_checkpoint_and_load_strategy(checkpoint_dir, sharded_strategy)
     return sharded_strategy.load_tensors_metadata(Path(checkpoint_dir))
 
@@ -201,7 +201,7 @@ def load_sharded_metadata(
 
 
 def load_plain_tensors(checkpoint_dir: str) -> dict[str, torch.Tensor]:
-    """Every tensor of the checkpoint, whole, on every rank."""
+    """Every tensor of the checkpoint, whole, on every rank; those of optimizers that are stored as flat pieces are flat."""
     return load(load_tensors_metadata(checkpoint_dir), checkpoint_dir, validate_access_integrity=False)
 
 

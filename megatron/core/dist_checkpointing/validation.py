@@ -193,9 +193,8 @@ def validate_sharding_integrity(global_metadata: GlobalMetadata) -> None:
     CheckpointingException names the key and what is missing, doubled or contradictory. Every rank holds the same
     description, so every rank comes to the same result.
     """
-    for key, records in map_reduce(
-        (record for local in global_metadata for record in local), lambda record: record.key
-    ).items():
+    by_key = map_reduce((record for local in global_metadata for record in local), lambda record: record.key)
+    for key, records in sorted(by_key.items()):
         if all(isinstance(record, ShardedObject) for record in records):
             _validate_objects(key, records)
         elif all(isinstance(record, ShardedTensor) for record in records):

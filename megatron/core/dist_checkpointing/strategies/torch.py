@@ -8,6 +8,7 @@ stored chunks overlap what it asks for, in whatever layout they were written. Pl
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import uuid
 from collections import defaultdict
@@ -323,6 +324,10 @@ class StoredTensors:
         original = self._reformulated.get(key, {}).get(_REFORMULATED)
         return tuple(self._tensor(key).size if original is None else original)
 
+    def is_flattened(self, key: str) -> bool:
+        """Whether the tensor is stored as flat pieces of its cells."""
+        return _REFORMULATED in self._reformulated.get(key, {})
+
     def dtype(self, key: str) -> torch.dtype:
         """Dtype of the tensor."""
         return self._tensor(key).properties.dtype
@@ -482,7 +487,7 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
     def load_tensors_metadata(
         self, checkpoint_dir: Path, metadata: Metadata | None = None
     ) -> ShardedStateDict:
-        """key -> a ShardedTensor without data that covers the whole stored tensor."""
+        """key -> a ShardedTensor without data that covers the whole stored tensor, flattened if its pieces are."""
         return {
             key: r
             for key, r in self.load_sharded_metadata(checkpoint_dir).items()
@@ -495,8 +500,14 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
         records: ShardedStateDict = {}
         for key in stored.keys():  # noqa: SIM118 not a mapping
             if stored.is_tensor(key):
-                data = torch.empty(stored.shape(key), dtype=stored.dtype(key), device="meta")
-                records[key] = ShardedTensor.from_rank_offsets(key, data).without_data()
+                shape, whole = stored.shape(key), slice(0, math.prod(stored.shape(key)))
+                data = torch.empty(shape, dtype=stored.dtype(key), device="meta")
+                record = (
+                    ShardedTensor.from_rank_offsets_flat(key, data.flatten(), shape, flattened_range=whole)
+                    if stored.is_flattened(key)
+                    else ShardedTensor.from_rank_offsets(key, data)
+                )
+                records[key] = record.without_data()
             else:
                 records[key] = ShardedObject.empty_from_unique_key(key)
         return records
