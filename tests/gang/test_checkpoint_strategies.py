@@ -139,3 +139,17 @@ def test_mistakes_are_caught_as_in_v09(tmp_path: Path) -> None:
 def test_flat_pieces_are_checked(data: torch.Tensor, piece: slice | None, what: str) -> None:
     with pytest.raises(CheckpointingException, match=what):
         ShardedTensor.from_rank_offsets_flat("weight", data, (2, 3), flattened_range=piece)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offsets"),
+    [
+        (AssertionError, [(0, 2, 2)]),
+        (AssertionError, [(0, -1, 2)]),
+        (AssertionError, [(2, 0, 2)]),
+        (CheckpointingException, [(0, 0, 2), (0, 1, 2)]),
+    ],
+)
+def test_places_outside_a_tensor(kind: type[Exception], offsets: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(kind, match="sharded tensor weight"):
+        ShardedTensor.from_rank_offsets("weight", torch.zeros(2, 3), *offsets)

@@ -18,6 +18,7 @@ import torch
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.errors import InvariantError
 
 StateDict = dict[str, Any]
 CommonStateDict = dict[str, Any]
@@ -151,8 +152,8 @@ class ShardedTensor(ShardedBase):
     ) -> ShardedTensor:
         """Describe `data` as the cell at `(axis, position, number of cells)` for each cut axis.
 
-        Axes count in the global tensor, prepended ones first; axes not named are whole. ValueError for a
-        position outside its axis, CheckpointingException for contradictory shapes.
+        Axes count in the global tensor, prepended ones first; axes not named are whole. InvariantError for a
+        position outside its axis, CheckpointingException for contradictory shapes and axes named twice.
         """
         if flattened_range is not None:
             raise ValueError(
@@ -163,13 +164,16 @@ class ShardedTensor(ShardedBase):
         fragmentations = [1] * len(global_shape)
         named: set[int] = set()
         for axis, position, pieces in rank_offsets:
-            if axis < 0 or axis >= len(global_shape) or axis in named:
-                raise ValueError(
-                    f"{key}: axis {axis} is named twice or is not one of {len(global_shape)} axes"
+            if axis in named:
+                raise CheckpointingException(f"sharded tensor {key}", f"axis {axis} is named twice")
+            if not 0 <= axis < len(global_shape):
+                raise InvariantError(
+                    f"sharded tensor {key}", f"axis {axis} is not one of its {len(global_shape)} axes"
                 )
             if not 0 <= position < pieces:
-                raise ValueError(
-                    f"{key}: position {position} on axis {axis} is not below its {pieces} pieces"
+                raise InvariantError(
+                    f"sharded tensor {key}",
+                    f"position {position} on axis {axis} is not below its {pieces} pieces",
                 )
             named.add(axis)
             size = 1 if axis < prepend_axis_num else data.shape[axis - prepend_axis_num]
