@@ -107,8 +107,11 @@ def test_engine_completes_as_whole_forward_passes_do(alone: tuple[dict[str, Tens
         assert log_probs == pytest.approx(expected_log_probs, abs=1e-4)
 
 
-@pytest.mark.parametrize("threshold", [1, 1000], ids=["row by row", "whole batches"])
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("tp", "pp", "threshold"),
+    [(2, 1, 1000), (1, 2, 1000), (2, 2, 1)],
+    ids=["tensor", "pipeline, whole batches", "both, row by row"],
+)
 def test_layouts_agree(
     tp: int, pp: int, threshold: int, alone: tuple[dict[str, Tensor], dict[str, Any]]
 ) -> None:
