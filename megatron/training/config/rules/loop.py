@@ -143,6 +143,13 @@ def topk_is_within_experts(args: Any) -> bool:
     return args.num_experts is None or 1 <= args.moe_router_topk <= args.num_experts
 
 
+@rule(TRAINING, "--moe-router-topk", "--moe-router-pre-softmax", bad="--num-experts 4 --moe-router-topk 1",
+      why="a softmax over one expert is always 1, and the router learns nothing", fix="add --moe-router-pre-softmax")
+def one_expert_is_weighed_against_the_others(args: Any) -> bool:
+    weighs = args.moe_router_pre_softmax or args.moe_router_load_balancing_type == "sinkhorn"
+    return args.num_experts is None or args.moe_router_topk > 1 or weighs
+
+
 @rule(TRAINING, "--eval-interval", bad="--eval-interval 0", why="evaluations every {a.eval_interval} steps never come",
       fix="give 1 or more; --eval-iters 0 switches evaluation off")
 def evaluation_interval_is_positive(args: Any) -> bool:
