@@ -15,7 +15,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
-from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy, SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.base import (
+    LoadShardedStrategy,
+    SaveShardedStrategy,
+    StrategyAction,
+    get_default_strategy,
+)
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -153,3 +158,15 @@ def test_flat_pieces_are_checked(data: torch.Tensor, piece: slice | None, what: 
 def test_places_outside_a_tensor(kind: type[Exception], offsets: list[tuple[int, int, int]]) -> None:
     with pytest.raises(kind, match="sharded tensor weight"):
         ShardedTensor.from_rank_offsets("weight", torch.zeros(2, 3), *offsets)
+
+
+def test_formats_that_nothing_here_knows() -> None:
+    """The message names the formats that are known, whatever was imported before."""
+    with pytest.raises(
+        CheckpointingException, match=r"load sharded .*\(known: torch_dist 1\).*with the program"
+    ):
+        get_default_strategy(StrategyAction.LOAD_SHARDED, "zarr", 1)
+    with pytest.raises(
+        CheckpointingException, match=r"save common .*\(known: torch 1\).* choose a known one"
+    ):
+        get_default_strategy(StrategyAction.SAVE_COMMON, "zarr", 1)

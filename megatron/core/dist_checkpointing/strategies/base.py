@@ -25,25 +25,29 @@ class StrategyAction(Enum):
 
 default_strategies: dict[str, dict[tuple[str, int], Any]] = defaultdict(dict)
 
-# Modules that register the default strategies of a backend when imported.
-_PROVIDERS = {
-    "torch": "megatron.core.dist_checkpointing.strategies.common",
-    "torch_dist": "megatron.core.dist_checkpointing.strategies.torch",
-}
+# Modules that register default strategies when imported.
+_PROVIDERS = (
+    "megatron.core.dist_checkpointing.strategies.common",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
 
 
 def get_default_strategy(action: StrategyAction, backend: str, version: int) -> Any:
     """The registered strategy. CheckpointingException for a format that cannot be read or written here."""
-    if (backend, version) not in default_strategies[action.value] and backend in _PROVIDERS:
-        importlib.import_module(_PROVIDERS[backend])
+    registered = default_strategies[action.value]
+    if (backend, version) not in registered:
+        for provider in _PROVIDERS:
+            importlib.import_module(provider)
     try:
-        return default_strategies[action.value][(backend, version)]
+        return registered[(backend, version)]
     except KeyError:
-        known = ", ".join(f"{name} {number}" for name, number in default_strategies[action.value]) or "none"
+        known = ", ".join(f"{name} {number}" for name, number in registered)
+        verb, _, part = action.value.partition("_")
+        fix = "convert the checkpoint to a known one with the program that wrote it"
         raise CheckpointingException(
             f"checkpoint format {backend} version {version}",
-            f"nothing here can {action.value.replace('_', ' ')} data in it (known: {known})",
-            "convert the checkpoint to torch_dist with the program that wrote it",
+            f"nothing here can {verb} {part} data in it (known: {known})",
+            fix if verb == "load" else "choose a known one",
         ) from None
 
 
