@@ -12,7 +12,12 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from megatron.core.errors import FlagError
-from megatron.inference.text_generation.generation import generate_tokens
+from megatron.core.inference.common_inference_params import CommonInferenceParams
+from megatron.core.inference.engines.mcore_engine import MCoreEngine
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.text_generation_controllers.simple_text_generation_controller import (
+    SimpleTextGenerationController,
+)
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.cli import run_main
 from megatron.training.global_vars import get_args, get_tokenizer
@@ -47,31 +52,50 @@ def main() -> None:
         raise FlagError("--load", "there is no model to generate from", "add --load DIR")
     if not args.prompt:
         raise FlagError("--prompt", "there is nothing to continue", 'add --prompt "some text"')
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise FlagError(
+            "--num-layers-per-virtual-pipeline-stage", "interleaved chunks cannot generate text", "drop it"
+        )
     args.exit_on_missing_checkpoint = True
     model = get_model(model_provider, wrap_with_ddp=False)
     load_checkpoint(model, None, None)
-    prompts = [tokenizer.tokenize(prompt) or [tokenizer.eod] for prompt in args.prompt]
-    tokens = len(prompts) * (max(map(len, prompts)) + args.out_seq_length)
-    if tokens > args.max_tokens_to_oom:
-        raise FlagError(
-            "--max-tokens-to-oom",
-            f"{len(prompts)} rows of prompt and answer would hold {tokens} tokens, the limit is {args.max_tokens_to_oom}",
-            "give fewer or shorter prompts, or raise the limit",
-        )
-    rows = generate_tokens(
-        model[0],
-        prompts,
-        args.out_seq_length,
-        end_token=tokenizer.eod,
-        max_sequence_length=args.max_position_embeddings,
-        vocab_size=tokenizer.vocab_size,
+    controller = SimpleTextGenerationController(GPTInferenceWrapper(model[0], args), tokenizer)
+    try:
+        prompts = [controller.tokenize_prompt(prompt) for prompt in args.prompt]
+    except ValueError as error:
+        raise FlagError("--prompt", f"the tokenizer refuses it: {error}", "give another prompt") from error
+    check_room(args, prompts)
+    # Stages of a pipeline draw the same tokens from the same seed.
+    engine = MCoreEngine(controller, max_batch_size=len(args.prompt), random_seed=args.seed)
+    wanted = CommonInferenceParams(
+        temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
-        temperature=args.temperature,
+        num_tokens_to_generate=args.out_seq_length,
     )
-    if args.rank == 0:
-        for row in rows:
-            print(tokenizer.detokenize([token for token in row if token != tokenizer.eod]), flush=True)
+    for request in engine.generate(args.prompt, wanted):
+        if args.rank == 0:
+            ids = [*request.prompt_tokens, *request.generated_tokens.tolist()]
+            print(tokenizer.detokenize([token for token in ids if token != tokenizer.eod]), flush=True)
+
+
+def check_room(args: argparse.Namespace, prompts: list[list[int]]) -> None:
+    """FlagError where prompts and answers exceed what the model or the memory has room for."""
+    longest = max(map(len, prompts))
+    length = longest + args.out_seq_length
+    if length > args.max_position_embeddings:
+        raise FlagError(
+            "--max-position-embeddings",
+            f"{longest} prompt tokens and {args.out_seq_length} new ones exceed its {args.max_position_embeddings}",
+            "shorten the prompt or generate fewer tokens",
+        )
+    if len(prompts) * length > args.max_tokens_to_oom:
+        raise FlagError(
+            "--max-tokens-to-oom",
+            f"{len(prompts)} rows of prompt and answer would hold {len(prompts) * length} tokens, the limit is "
+            f"{args.max_tokens_to_oom}",
+            "give fewer or shorter prompts, or raise the limit",
+        )
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ from megatron.core.flags import flag
 
 @dataclass
 class InferenceConfig:
-    """Limits of the text generation server."""
+    """Limits of a forward pass and of a request."""
 
     # fmt: off
     inference_batch_times_seqlen_threshold: int = flag(
-        512, group="inference", status="noop", reason="text is generated on one pipeline stage",
-        help="Batch x length from which a pipelined forward pass is cut into micro batches.")
+        512, group="inference", help="Batch x length beyond which a pipelined forward pass is cut into micro batches.")
     max_tokens_to_oom: int = flag(
         12000, group="inference", help="Refuse requests whose prompt and answer together hold more tokens.")
     output_bert_embeddings: bool = flag(

@@ -18,7 +18,12 @@ class _NullTokenizer(MegatronTokenizer):
         self._eod_id = self._vocab_size_without_eod
 
     def tokenize(self, text: str) -> list[int]:
-        return [int(number) for number in text.split(" ")]
+        try:
+            return [int(number) for number in text.split(" ")]
+        except ValueError as error:
+            raise ValueError(
+                f"{text[:40]!r} is not a list of ids with single spaces between them, all that NullTokenizer reads"
+            ) from error
 
     def detokenize(self, ids: Sequence[int] | numpy.ndarray) -> str:
         return " ".join(str(int(token_id)) for token_id in ids)

@@ -29,8 +29,8 @@ class SimpleTextGenerationController:
         self.tokenizer = tokenizer
 
     def tokenize_prompt(self, prompt: str) -> list[int]:
-        """The prompt's token ids."""
-        return self.tokenizer.tokenize(prompt)
+        """The prompt's token ids; an empty prompt is the end of a document, after which another begins."""
+        return self.tokenizer.tokenize(prompt) or [self.tokenizer.eod]
 
     def detokenize_generations(self, prompt_tokens_with_generated_tokens: Tensor) -> str:
         """The text of token ids [n]."""
