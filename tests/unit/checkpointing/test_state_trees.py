@@ -48,3 +48,12 @@ def test_flat_pieces_are_read_whole_and_flat(tmp_path: Path) -> None:
     assert described["flat"].flattened_range == slice(0, 24) and described["plain"].flattened_range is None
     assert described["flat"].local_shape == described["flat"].global_shape == (2, 4, 3)
     assert torch.equal(loaded["flat"], torch.arange(24.0)) and torch.equal(loaded["plain"], whole)
+
+
+def test_tensors_without_elements_are_stored(tmp_path: Path) -> None:
+    """So that they are known by their key; an empty piece of a tensor that has elements is not."""
+    empty = ShardedTensor.from_rank_offsets("empty", torch.empty(0, 3, dtype=torch.int16))
+    with one_process():
+        save({"empty": empty}, str(tmp_path))
+        (loaded,) = load_plain_tensors(str(tmp_path)).values()
+    assert loaded.shape == (0, 3) and loaded.dtype == torch.int16
