@@ -156,7 +156,7 @@ def _items_of(record: ShardedBase, copy: bool) -> list[tuple[Item, Described]]:
     if record.data is None:
         raise CheckpointingException(f"sharded tensor {record.key}", "there is no data to save")
     global_shape, box = stored_box(record)
-    if box.numel() == 0 and math.prod(global_shape):
+    if box.numel() == 0 and 0 not in global_shape:
         return []
     data = (_COPY_MEMORY.copy(record.data) if copy else own_data(record.data)).reshape(box.shape)
     original = tuple(record.global_shape) if is_nd_flattened_tensor(record) else None
