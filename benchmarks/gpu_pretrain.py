@@ -445,9 +445,8 @@ def main() -> int:
             f"{run['peak_gib']:6.1f} GiB (micro-batch {run['micro_batch']})"
         )
         print(f"{name:<26} {shown}", flush=True)
-        path.write_text(
-            json.dumps(results, indent=1) + "\n"
-        )  # what was measured survives whatever comes next
+        # What was measured survives whatever comes next.
+        path.write_text(json.dumps(results, indent=1) + "\n")
     if not options.smoke:
         results["operations"] = operations(deadline + 60 - time.monotonic())
         path.write_text(json.dumps(results, indent=1) + "\n")

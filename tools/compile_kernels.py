@@ -219,9 +219,8 @@ def training_shapes(dtype: torch.dtype, heads: tuple[int, ...]) -> dict[str, Cal
         table[f"{str(fmt)[6:]}_quantize"] = lambda fmt=fmt: (
             fp8_quantize.quantize(t(64, wide).detach(), one, fmt, one, True) and None
         )
-    for width in (
-        heads if dtype != torch.float32 else ()
-    ):  # the registry offers attention in half precision only
+    # The registry offers attention in half precision only.
+    for width in heads if dtype != torch.float32 else ():
         table[f"attention_{width}"] = lambda w=width: attend(w, 0.0)
         table[f"attention_{width}_dropout"] = lambda w=width: attend(w, 0.1)
     if dtype == torch.float32:

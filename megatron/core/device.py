@@ -239,9 +239,8 @@ def _fetch_ahead(batches: Iterator[Any]) -> Iterator[Any]:
         torch.cuda.current_stream().wait_event(copied)
         for value in batch.values():
             if isinstance(value, torch.Tensor):
-                value.record_stream(
-                    torch.cuda.current_stream()
-                )  # its memory is in use until that stream is done
+                # Its memory is in use until that stream is done.
+                value.record_stream(torch.cuda.current_stream())
         pending = fetch()
         yield batch
 

@@ -59,9 +59,8 @@ class BlockedAttention(torch.autograd.Function):
         masks: list[Tensor] = []
         for first in range(0, sq, block):
             last = min(first + block, sq)
-            end = (
-                last + sk - sq if causal else sk
-            )  # keys from here on are later than every query of the block
+            # Keys from here on are later than every query of the block.
+            end = last + sk - sq if causal else sk
             scores = q.new_empty(b * heads, last - first, end)
             torch.baddbmm(
                 scores, queries[:, first:last], keys[:, :end].transpose(1, 2), beta=0, alpha=scale, out=scores

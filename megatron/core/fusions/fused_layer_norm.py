@@ -84,9 +84,8 @@ class FusedLayerNorm(torch.nn.Module):
         zero_centered_gamma: bool = False,
         normalization: str = "LayerNorm",
     ) -> None:
-        torch.nn.Module.__init__(
-            self
-        )  # alone: a subclass that is one of torch's norms as well makes no second weight
+        # Alone: a subclass that is one of torch's norms as well makes no second weight.
+        torch.nn.Module.__init__(self)
         if normalization not in ("LayerNorm", "RMSNorm"):
             raise InvariantError("normalization", f"must be LayerNorm or RMSNorm, not {normalization!r}")
         shape = (hidden_size,) if isinstance(hidden_size, int) else tuple(hidden_size)

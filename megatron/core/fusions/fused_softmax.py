@@ -15,9 +15,8 @@ from megatron.core.kernels.registry import Spec, register, select
 if TYPE_CHECKING:
     from megatron.core.transformer.enums import AttnMaskType
 
-MASKED_SCORE = (
-    -10000.0
-)  # v0.9 fills masked scores with this, so a fully masked row becomes uniform, never NaN
+#: v0.9 fills masked scores with this, so a fully masked row becomes uniform, never NaN.
+MASKED_SCORE = -10000.0
 
 
 def causal_mask(sq: int, sk: int, device: torch.device) -> Tensor:

@@ -97,9 +97,8 @@ def _launcher_sizes(launcher: list[str]) -> dict[str, int]:
         if name not in ("nnodes", "nproc-per-node") or not word.startswith("-"):
             continue
         text = value if equals else launcher[position + 1] if position + 1 < len(launcher) else ""
-        sizes[name] = _positive(
-            f"--{name}", text.rpartition(":")[2]
-        )  # an elastic range min:max counts as its max
+        # An elastic range min:max counts as its max.
+        sizes[name] = _positive(f"--{name}", text.rpartition(":")[2])
     return sizes
 
 

@@ -221,9 +221,8 @@ class FullTokenizer:
         self._words = WordMemo(lambda word: packed(self._ids_of_word(word)))
         self._table = AsciiWordTable(self._ids_of_word)
         self._stretches = WordMemo(lambda stretch: self._words.joined(self._words_of(stretch)))
-        self._find_controls = re.compile(
-            r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"
-        )  # dropped: their sides join
+        # Dropped: their sides join.
+        self._find_controls = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
         self._ascii_words = re.compile(rf"[0-9A-Za-z]+|[{ASCII_PUNCTUATION}]").findall
 
     def tokenize(self, text: str) -> list[str]:

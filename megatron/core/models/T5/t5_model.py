@@ -121,9 +121,8 @@ class T5Model(LanguageModule):
                 pg_collection=pg_collection,
             )
             if position_embedding_type == "learned_absolute":
-                self.position_embeddings = (
-                    self.embedding.position_embeddings
-                )  # v0.9's second name for the table
+                # v0.9's second name for the table.
+                self.position_embeddings = self.embedding.position_embeddings
         if position_embedding_type == "rope":
             self.rotary_pos_emb = RotaryEmbedding(
                 kv_channels=derived(config.kv_channels),

@@ -153,9 +153,8 @@ class TopKRouter(Router):
 
     def routing(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits [.., e] -> probabilities and indices."""
-        if (
-            not 1 <= self.topk <= self.num_experts
-        ):  # which a layer that is only built may leave open, as in v0.9
+        # A layer that is only built may leave this open, as in v0.9.
+        if not 1 <= self.topk <= self.num_experts:
             raise InvariantError(
                 "moe_router_topk (--moe-router-topk)",
                 f"each token is to be sent to {self.topk} of {self.num_experts} experts",
