@@ -221,7 +221,7 @@ def _save_pieces(directory: str, mistake: str) -> None:
     """Two ranks, half a tensor each, with a mistake."""
     rank = dist.get_rank()
     if rank == 0:
-        Path(directory).mkdir()
+        Path(directory).mkdir(exist_ok=True)
     position = 0 if mistake == "twice" else rank
     replica = rank if mistake == "nobody" else 0
     dtype = torch.float64 if mistake == "dtype" and rank else torch.float32
