@@ -61,6 +61,12 @@ def decoder_sequence_divides(args: Any) -> bool:
     return not args.sequence_parallel or args.decoder_seq_length % args.tensor_model_parallel_size == 0
 
 
+@rule(T5, "--group-query-attention", "--num-query-groups", bad="--group-query-attention --num-query-groups 2",
+      why="attention to the encoder's output has one key and value per query head", fix="drop --group-query-attention")
+def cross_attention_is_not_grouped(args: Any) -> bool:
+    return not args.group_query_attention or args.num_query_groups == args.num_attention_heads
+
+
 @rule(T5, "--vocab-extra-ids", bad="-vocab-extra-ids", why="there are no tokens to stand for the masked spans",
       fix="for instance --vocab-extra-ids 100")
 def sentinels_exist(args: Any) -> bool:
