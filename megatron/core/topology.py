@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 
-from megatron.core.errors import InvariantError
+from megatron.core.errors import InvariantError, ScheduleError
 
 EmbeddingRanks = Callable[[list[int]], list[int]]
 
@@ -173,15 +173,20 @@ class Layout:
                 "encoder_tensor_model_parallel_size", f"{self.encoder_tp} must divide the decoder's {self.tp}"
             )
         if self.world_size % self.model_size:
-            raise RuntimeError(
+            encoder = (
+                f", encoder {self._encoder_tp} x {self.encoder_pp} x {self.cp}" if self.encoder_pp else ""
+            )
+            raise ScheduleError(
+                "parallel sizes",
                 f"world size ({self.world_size}) is not divisible by the {self.model_size} ranks of one model "
-                f"replica (tensor {self.tp} x pipeline {self.pp} x context {self.cp}"
-                + (f", encoder {self._encoder_tp} x {self.encoder_pp} x {self.cp}" if self.encoder_pp else "")
-                + ")"
+                f"replica (tensor {self.tp} x pipeline {self.pp} x context {self.cp}{encoder})",
+                "use a multiple of that many ranks",
             )
         if self.dp % self.ep:
-            raise RuntimeError(
-                f"data-parallel size ({self.dp}) is not divisible by expert-parallel size ({self.ep})"
+            raise ScheduleError(
+                "--expert-model-parallel-size",
+                f"data-parallel size ({self.dp}) is not divisible by expert-parallel size ({self.ep})",
+                "choose one that divides it, or use more ranks",
             )
 
     @property

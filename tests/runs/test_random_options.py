@@ -6,7 +6,7 @@ import tempfile
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, example, given, seed, settings
 from hypothesis import strategies as st
 
 from megatron.core.errors import MegatronError
@@ -88,6 +88,9 @@ def check(combination: Any) -> None:
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
+@example(
+    (2, "", {"--num-experts 2 --expert-model-parallel-size 2", "--encoder-pipeline-model-parallel-size 1"})
+)
 @given(COMBINATIONS)
 @settings(max_examples=10, derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
 def test_some_combinations(combination: Any) -> None:
