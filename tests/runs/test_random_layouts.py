@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.core.errors import ConfigError
 from tests.gang.harness import run_gang
+from tests.runs.drawing import always_the_same, check_part
 from tests.runs.pretraining import Difference, Observed, compare
 from tests.runs.test_parity import BOUNDS, DEEP, DOCUMENTS, EXPERTS, LLAMA, SMALL, flags, one_process
 
@@ -86,11 +87,8 @@ def test_one_stack_of_layers_has_no_stages_for_an_encoder(layout: str) -> None:
     assert len(refusals) == 1 and "--encoder-pipeline-model-parallel-size" in refusals.pop()
 
 
-QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
 @given(COMBINATIONS)
-@settings(max_examples=10, derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
+@always_the_same(10)
 def test_some_combinations(combination: Any) -> None:
     check(combination)
 
@@ -99,6 +97,4 @@ def test_some_combinations(combination: Any) -> None:
 @pytest.mark.parametrize("number", range(10))
 def test_many_combinations(number: int) -> None:
     """150 more, in ten parts that can be repeated one by one."""
-    check_drawn = given(COMBINATIONS)(check)
-    quiet = settings(max_examples=15, deadline=None, database=None, suppress_health_check=QUIET)
-    seed(number)(quiet(check_drawn))()
+    check_part(check, COMBINATIONS, number, 15)

@@ -6,11 +6,12 @@ import tempfile
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, seed, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megatron.core.errors import MegatronError
 from tests.gang.harness import run_gang
+from tests.runs.drawing import always_the_same, check_part
 from tests.runs.pretraining import run_script
 
 RUN = (
@@ -85,14 +86,11 @@ def check(combination: Any) -> None:
     assert refusals == [None] * ranks or all(refusals), (" ".join(words), refusals)
 
 
-QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large]
-
-
 @example(
     (2, "", {"--num-experts 2 --expert-model-parallel-size 2", "--encoder-pipeline-model-parallel-size 1"})
 )
 @given(COMBINATIONS)
-@settings(max_examples=10, derandomize=True, deadline=None, database=None, suppress_health_check=QUIET)
+@always_the_same(10)
 def test_some_combinations(combination: Any) -> None:
     check(combination)
 
@@ -101,6 +99,4 @@ def test_some_combinations(combination: Any) -> None:
 @pytest.mark.parametrize("number", range(10))
 def test_many_combinations(number: int) -> None:
     """500 more, in ten parts that can be repeated one by one."""
-    check_drawn = given(COMBINATIONS)(check)
-    quiet = settings(max_examples=50, deadline=None, database=None, suppress_health_check=QUIET)
-    seed(number)(quiet(check_drawn))()
+    check_part(check, COMBINATIONS, number, 50)

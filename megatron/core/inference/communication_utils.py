@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,15 +10,7 @@ from torch import Tensor
 
 from megatron.core import device, parallel_state
 from megatron.core.errors import InvariantError
-
-
-def _only(one_or_many: Any) -> Any:
-    """The rank or group of a stage's only pipeline."""
-    if isinstance(one_or_many, list):
-        raise InvariantError(
-            "text generation", "a stage may belong to one pipeline only", "use one encoder per decoder"
-        )
-    return one_or_many
+from megatron.core.pipeline_parallel.p2p_communication import only, pipeline_group
 
 
 def broadcast_from_last_pipeline_stage(
@@ -37,7 +28,7 @@ def broadcast_from_last_pipeline_stage(
         tensor = torch.empty(tuple(size), dtype=dtype, device=device.current())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         source = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(tensor, source, group=_only(parallel_state.get_pipeline_model_parallel_group()))
+        dist.broadcast(tensor, source, group=pipeline_group())
     return tensor
 
 
@@ -47,11 +38,11 @@ def recv_from_prev_pipeline_rank_(recv_buffer: Tensor | None = None) -> None:
         raise InvariantError(
             "recv_from_prev_pipeline_rank_", "there is no buffer to fill", "pass recv_buffer"
         )
-    dist.recv(recv_buffer, src=_only(parallel_state.get_pipeline_model_parallel_prev_rank()))
+    dist.recv(recv_buffer, src=only(parallel_state.get_pipeline_model_parallel_prev_rank()))
 
 
 def send_to_next_pipeline_rank(tensor: Tensor | None = None) -> None:
     """Send `tensor` to the next stage."""
     if tensor is None:
         raise InvariantError("send_to_next_pipeline_rank", "there is nothing to send", "pass tensor")
-    dist.send(tensor.contiguous(), dst=_only(parallel_state.get_pipeline_model_parallel_next_rank()))
+    dist.send(tensor.contiguous(), dst=only(parallel_state.get_pipeline_model_parallel_next_rank()))

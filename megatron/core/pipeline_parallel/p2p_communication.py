@@ -8,17 +8,18 @@ classic names. On gloo each transfer is its own tagged message; on NCCL, which m
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import device, parallel_state
-from megatron.core.errors import ScheduleError
+from megatron.core.errors import InvariantError, ScheduleError
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.timers import timed
 
+T = TypeVar("T")
 Shape = Sequence[int] | torch.Size
 
 _TAG_FORWARD, _TAG_BACKWARD = 0, 1
@@ -189,8 +190,8 @@ def _start_with_neighbours(
     from_prev: Shape | None = None,
     from_next: Shape | None = None,
 ) -> Transfer:
-    before = _only(parallel_state.get_pipeline_model_parallel_prev_rank())
-    after = _only(parallel_state.get_pipeline_model_parallel_next_rank())
+    before = only(parallel_state.get_pipeline_model_parallel_prev_rank())
+    after = only(parallel_state.get_pipeline_model_parallel_next_rank())
     sends = [Send(to_next, after, _TAG_FORWARD)] if to_next is not None else []
     sends += [Send(to_prev, before, _TAG_BACKWARD)] if to_prev is not None else []
     receives = [Receive(from_prev, before, _TAG_FORWARD)] if from_prev is not None else []
@@ -205,22 +206,18 @@ def _start_with_neighbours(
     )
 
 
-def _only(rank: int | list[int]) -> int:
-    if isinstance(rank, list):
-        raise ValueError(
-            "this rank belongs to several pipelines: encoder and decoder must have equal tensor sizes"
+def only(one_or_many: T | list[T]) -> T:
+    """The rank or group of this rank's only pipeline; InvariantError where an encoder rank feeds several."""
+    if isinstance(one_or_many, list):
+        raise InvariantError(
+            "this rank", "belongs to several pipelines", "encoder and decoder must have equal tensor sizes"
         )
-    return rank
+    return one_or_many
 
 
 def pipeline_group() -> dist.ProcessGroup:
-    """The pipeline of this rank; ValueError where an encoder rank feeds several decoder pipelines."""
-    group = parallel_state.get_pipeline_model_parallel_group()
-    if isinstance(group, list):
-        raise ValueError(
-            "this rank belongs to several pipelines: encoder and decoder must have equal tensor sizes"
-        )
-    return group
+    """The pipeline of this rank; InvariantError where an encoder rank feeds several decoder pipelines."""
+    return only(parallel_state.get_pipeline_model_parallel_group())
 
 
 def pipeline_dtype(config: ModelParallelConfig) -> torch.dtype:
