@@ -14,18 +14,20 @@ from megatron.core.pipeline_parallel.p2p_communication import only, pipeline_gro
 
 
 def broadcast_from_last_pipeline_stage(
-    size: Sequence[int], dtype: torch.dtype, tensor: Tensor | None = None
+    size: int | Sequence[int], dtype: torch.dtype, tensor: Tensor | None = None
 ) -> Tensor:
     """Give all stages the last one's `tensor`, of this size and type. All ranks of the pipeline must call."""
+    shape = (size,) if isinstance(size, int) else tuple(size)
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        if tensor is None or list(tensor.shape) != list(size) or tensor.dtype != dtype:
+        if tensor is None or tuple(tensor.shape) != shape or tensor.dtype != dtype:
             found = None if tensor is None else (tensor.dtype, list(tensor.shape))
             raise InvariantError(
-                "broadcast_from_last_pipeline_stage", f"{found} is sent where {dtype} {list(size)} is awaited"
+                "broadcast_from_last_pipeline_stage",
+                f"{found} is sent where {dtype} {list(shape)} is awaited",
             )
         tensor = tensor.contiguous()
     else:
-        tensor = torch.empty(tuple(size), dtype=dtype, device=device.current())
+        tensor = torch.empty(shape, dtype=dtype, device=device.current())
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(tensor, source, group=pipeline_group())

@@ -32,17 +32,22 @@ class AbstractModelInferenceWrapper(abc.ABC):
             )
         self.model: Any = model
         self.inference_wrapper_config = inference_wrapper_config
-        config = inference_wrapper_config
-        self.pipeline_communication_dtype = (
-            torch.float32 if config.fp32_residual_connection else config.params_dtype
-        )
+
+    @property
+    def pipeline_communication_dtype(self) -> torch.dtype:
+        """What stages exchange."""
+        config = self.inference_wrapper_config
+        return torch.float32 if config.fp32_residual_connection else config.params_dtype
+
+    def begin(self, max_batch_size: int, max_sequence_length: int) -> None:
+        """No dropout, and an empty cache for this many sequences of this many tokens."""
+        self.model.eval()
+        self.inference_params = InferenceParams(max_batch_size, max_sequence_length)
 
     def prep_model_for_inference(self, prompts_tokens: Tensor) -> None:
         """Begin with prompts [b, s], padded to the longest sequence there will be: no dropout, and an empty cache."""
-        self.model.eval()
+        self.begin(*prompts_tokens.shape)
         self.prompts_tokens = prompts_tokens
-        batch_size, max_sequence_length = prompts_tokens.shape
-        self.inference_params = InferenceParams(batch_size, max_sequence_length)
 
     @abc.abstractmethod
     def get_batch_for_context_window(
@@ -58,6 +63,13 @@ class AbstractModelInferenceWrapper(abc.ABC):
         """Inputs of n positions -> logits [b, n, v]."""
         logits = self._forward(inference_input)
         self.inference_params.sequence_len_offset += _tokens(inference_input).size(1)
+        return self._of_all_ids(logits)
+
+    def _of_all_ids(self, logits: Tensor) -> Tensor:
+        """Logits [b, n, v] from this rank's share, unless the model gathers them itself (`parallel_output=False`)."""
+        shares = parallel_state.get_tensor_model_parallel_world_size()
+        if shares == 1 or logits.size(-1) == self.inference_wrapper_config.padded_vocab_size:
+            return logits
         return tensor_parallel.gather_from_tensor_model_parallel_region(logits)
 
     def _forward_in_pipeline(self, inference_input: list[Tensor | None], rows: int) -> Tensor | None:
@@ -68,7 +80,11 @@ class AbstractModelInferenceWrapper(abc.ABC):
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         logits: list[Tensor] = []
         for start in range(0, batch_size, rows):
-            part = [None if each is None else each[start : start + rows] for each in inference_input]
+            part = [
+                # A mask may be one for all samples.
+                each if each is None or each.size(0) != batch_size else each[start : start + rows]
+                for each in inference_input
+            ]
             here = _tokens(part).size(0)
             if not first:
                 received = torch.empty(
@@ -81,7 +97,7 @@ class AbstractModelInferenceWrapper(abc.ABC):
             cache.batch_size_offset = start
             output = self._forward(part)
             if last:
-                logits.append(tensor_parallel.gather_from_tensor_model_parallel_region(output))
+                logits.append(self._of_all_ids(output))
             else:
                 send_to_next_pipeline_rank(output.to(self.pipeline_communication_dtype))
         cache.batch_size_offset = 0

@@ -16,7 +16,7 @@ from megatron.core.inference.inference_request import InferenceRequest, Status
 from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
     AbstractModelInferenceWrapper,
 )
-from megatron.core.inference.sampling import sample
+from megatron.core.inference.sampling import log_probs_of, sample
 
 Requests = OrderedDict[Any, InferenceRequest]
 
@@ -125,8 +125,7 @@ class SimpleTextGenerationController:
             chosen = self.sample_from_logits(logits[:, -1], wanted, self.tokenizer.vocab_size)
             tokens[started, end] = chosen[started]
             if log_probs is not None:
-                of_next = logits.log_softmax(-1).gather(2, tokens[:, start + 1 : end + 1, None])
-                log_probs[:, start:end] = of_next.squeeze(2).cpu()
+                log_probs[:, start:end] = log_probs_of(logits, tokens[:, start + 1 : end + 1]).cpu()
             start = end
             done, generated = self.update_generation_status(tokens, started, end, done, generated)
             # Shorter prompts have more room than they were given tokens.
