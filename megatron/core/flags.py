@@ -30,7 +30,8 @@ class Flag:
 
     `default` is the library's, `cli_default` the command line's (they differ where v0.9's differ). `parse` converts
     the text, None leaves it as it is. `inverted` means that the field holds `not args.<dest>`. `instead` is the flag that
-    took this one's place.
+    took this one's place. `needs` are what must be given too for this flag to have an effect, each a flag, with its value
+    if one is meant, or several joined by " or ".
     """
 
     field: str
@@ -47,6 +48,7 @@ class Flag:
     status: Status
     reason: str | None
     instead: str | None
+    needs: tuple[str, ...]
     inverted: bool
 
 
@@ -98,6 +100,7 @@ def flag(
     status: Status = "stable",
     reason: str | None = None,
     instead: str | None = None,
+    needs: str | tuple[str, ...] = (),
     inverted: bool = False,
     kw_only: bool = False,
 ) -> Any:
@@ -106,6 +109,7 @@ def flag(
     Without `on` or `off` the flag is spelled like the field. `off` names a flag that switches the field off; a field
     annotated `bool` is otherwise switched on, and any other annotation names the type of the flag's value.
     A `status` other than "stable" and "gpu" needs a `reason`, which users read, and may name the flag to give `instead`.
+    One that acts only beside others (see `Flag.needs`) says so; without them its user is told that it does nothing.
     """
     options = dict(locals())
     del options["kw_only"]
@@ -134,6 +138,7 @@ def _value_type(annotation: str) -> Callable[[str], Any]:
 
 def _resolve(name: str, annotation: str, options: dict[str, Any]) -> Flag:
     on, off, parse, cli_default = options["on"], options["off"], options["parse"], options["cli_default"]
+    needs = options["needs"]
     spelled = on or off or "--" + name.replace("_", "-")
     action: Action = "store"
     if parse is _INFER:
@@ -157,6 +162,7 @@ def _resolve(name: str, annotation: str, options: dict[str, Any]) -> Flag:
         status=options["status"],
         reason=options["reason"],
         instead=options["instead"],
+        needs=(needs,) if isinstance(needs, str) else needs,
         inverted=options["inverted"],
     )
 

@@ -32,6 +32,7 @@ class ModelParallelConfig:
         1, group="moe", help="Ranks over which the experts are divided.")
     moe_extended_tp: bool = flag(
         False, group="moe",
+        needs="--num-experts",
         help="Divide each expert's matrices over tensor and expert ranks together instead of placing whole experts.")
 
     perform_initialization: bool = flag(
@@ -107,7 +108,8 @@ class ModelParallelConfig:
     variable_seq_lengths: bool = from_args("variable_seq_lengths", False)
     overlap_p2p_comm: bool = flag(
         False, cli_default=True, off="--no-overlap-p2p-communication", group="distributed",
-        help="With interleaved pipelines: do not overlap communication between stages with computation.")
+        needs="--num-layers-per-virtual-pipeline-stage",
+        help="Do not overlap communication between stages with computation.")
     batch_p2p_comm: bool = computed(True, lambda args: not args.overlap_p2p_comm)
     batch_p2p_sync: bool = from_args("batch_p2p_sync", True)
     use_ring_exchange_p2p: bool = flag(
@@ -120,7 +122,7 @@ class ModelParallelConfig:
         help="Compute the output layer's weight gradients while the pipeline drains instead of microbatch by microbatch.")
     wgrad_deferral_limit: int = flag(
         0, group="distributed",
-        help="With --defer-embedding-wgrad-compute: microbatches to defer; 0 means all.")
+        needs="--defer-embedding-wgrad-compute", help="Microbatches to defer; 0 means all.")
     pipeline_model_parallel_split_rank: int | None = flag(
         None, group="distributed", status="deprecated", reason="there is a more general flag",
         instead="--encoder-pipeline-model-parallel-size",
@@ -133,11 +135,13 @@ class ModelParallelConfig:
     cpu_offloading_weights: bool = from_args("cpu_offloading_weights", True)
     barrier_with_L1_time: bool = flag(
         True, off="--no-barrier-with-level-1-timing", group="logging",
+        needs="--timing-log-level",
         help="Do not wait for all ranks around level 1 timers; times become uneven but the run is undisturbed.")
 
     # Not in v0.9, therefore keyword-only: the positions of its fields stay.
     context_parallel_algo: str = flag(
         "ring", choices=("ring", "a2a"), group="extras", kw_only=True,
+        needs="--context-parallel-size",
         help="How context parallelism computes attention: pass keys and values around a ring, or exchange heads "
         "for sequence with an all-to-all.")
     # fmt: on

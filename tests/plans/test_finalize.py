@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from megatron.core.activations import squared_relu
 from megatron.core.errors import FlagError
+from megatron.core.flags import Flag
 from megatron.core.kernels import capability
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments
-from megatron.training.config import build, finalize, rules
+from megatron.training.config import build, finalize, parser, rules
 
 BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 64 "
@@ -318,3 +319,32 @@ def test_yaml_errors_teach(text: str, word: str, tmp_path: Any) -> None:
 def test_ignored_flags_are_about_what_was_typed() -> None:
     assert rules.ignored_flags(finished()) == []
     assert len(rules.ignored_flags(finished("--use-mcore-models --no-one-logger"))) == 2
+
+
+def words(spelled: str) -> list[str]:
+    """A flag as it may be typed: with a value of its kind if the declaration names none."""
+    spelling, *value = spelled.split()
+    flag = {name: flag for flag in parser.all_flags() for name in flag.spellings}[spelling]
+    if flag.action != "store" or value:
+        return [spelling, *value]
+    if flag.choices:
+        return [spelling, str(next(c for c in flag.choices if c not in (None, flag.cli_default)))]
+    return [spelling, {int: "2", float: "0.5"}.get(flag.parse, "text")]  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [flag for flag in parser.all_flags() if flag.needs and flag.status == "stable"],
+    ids=lambda f: f.dest,
+)
+def test_a_flag_that_needs_others_says_so_without_them(flag: Flag) -> None:
+    def complaints(*spelled: str) -> list[str]:
+        argv = [*BASE.split(), *(word for name in spelled for word in words(name))]
+        ignored = rules.ignored_flags(arguments.parse_args(argv=argv))
+        return [line for line in ignored if line.startswith(f"{flag.spellings[0]} has no")]
+
+    without = ["--optimizer sgd"] if "--optimizer adam" in flag.needs else []  # adam is the default
+    alone = complaints(*without, flag.spellings[0])
+    assert len(alone) == 1 and "it needs --" in alone[0]
+    beside = [condition.split(" or ")[0] for condition in flag.needs]
+    assert complaints(flag.spellings[0], *beside) == []

@@ -25,6 +25,7 @@ class DistributedDataParallelConfig:
         "pass that needs them.")
     align_param_gather: bool = flag(
         False, cli_default=True, off="--no-align-param-gather", group="distributed",
+        needs="--overlap-param-gather",
         help="Let every pipeline stage start parameter gathers on its own instead of all at the same moment.")
     use_distributed_optimizer: bool = flag(
         False, group="distributed",
@@ -35,6 +36,7 @@ class DistributedDataParallelConfig:
         help="Do not stop when the loss or a gradient is NaN (with fp16 loss scaling this is never checked).")
     bucket_size: int | None = flag(
         None, on="--ddp-bucket-size", dest="ddp_bucket_size", group="distributed",
+        needs="--overlap-grad-reduce",
         help="Parameters per gradient bucket; default: 40 million, or one million per data-parallel rank if that is more.")
     average_in_collective: bool = flag(
         False, on="--ddp-average-in-collective", dest="ddp_average_in_collective", group="distributed",

@@ -24,23 +24,34 @@ class OptimizerConfig:
     decoupled_lr: float | None = flag(
         None, group="learning rate", help="Peak learning rate of the input embedding and the output layer alone.")
     decoupled_min_lr: float | None = flag(
-        None, group="learning rate", help="Lower bound of the learning rate set by --decoupled-lr.")
-    weight_decay: float = flag(0.01, group="regularization", help="Weight decay of matrices; biases and norms have none.")
+        None, group="learning rate",
+        needs="--decoupled-lr", help="Lower bound of the learning rate set by --decoupled-lr.")
+    weight_decay: float = flag(
+        0.01, group="regularization", help="Weight decay of matrices; biases and norms have none.")
     fp16: bool = from_args("fp16", default=False)
     bf16: bool = from_args("bf16", default=False)
     params_dtype: torch.dtype = from_args("params_dtype", default=torch.float32)
     loss_scale: float | None = flag(
         None, group="mixed precision",
+        needs="--fp16 or --bf16 or --use-distributed-optimizer",
         help="Constant loss scale, a power of two; without it fp16 uses a dynamic scale.")
-    initial_loss_scale: float = flag(2**32, group="mixed precision", help="First value of the dynamic loss scale.")
-    min_loss_scale: float = flag(1.0, group="mixed precision", help="Lower bound of the dynamic loss scale.")
+    initial_loss_scale: float = flag(
+        2**32, group="mixed precision", needs="--fp16", help="First value of the dynamic loss scale.")
+    min_loss_scale: float = flag(
+        1.0, group="mixed precision", needs="--fp16", help="Lower bound of the dynamic loss scale.")
     loss_scale_window: float = flag(
-        1000, group="mixed precision", help="Steps without overflow after which the dynamic loss scale doubles.")
-    hysteresis: int = flag(2, group="mixed precision", help="Overflows tolerated before the dynamic loss scale halves.")
-    adam_beta1: float = flag(0.9, group="regularization", help="Adam: decay of the running mean of gradients.")
-    adam_beta2: float = flag(0.999, group="regularization", help="Adam: decay of the running mean of squared gradients.")
-    adam_eps: float = flag(1e-08, group="regularization", help="Adam: term added to the denominator.")
-    sgd_momentum: float = flag(0.9, group="regularization", help="SGD: momentum factor.")
+        1000, group="mixed precision",
+        needs="--fp16", help="Steps without overflow after which the dynamic loss scale doubles.")
+    hysteresis: int = flag(
+        2, group="mixed precision", needs="--fp16", help="Overflows tolerated before the dynamic loss scale halves.")
+    adam_beta1: float = flag(
+        0.9, group="regularization", needs="--optimizer adam", help="Adam: decay of the running mean of gradients.")
+    adam_beta2: float = flag(
+        0.999, group="regularization",
+        needs="--optimizer adam", help="Adam: decay of the running mean of squared gradients.")
+    adam_eps: float = flag(
+        1e-08, group="regularization", needs="--optimizer adam", help="Adam: term added to the denominator.")
+    sgd_momentum: float = flag(0.9, group="regularization", needs="--optimizer sgd", help="SGD: momentum factor.")
     use_distributed_optimizer: bool = from_args("use_distributed_optimizer", default=False)
     overlap_grad_reduce: bool = from_args("overlap_grad_reduce", default=False)
     overlap_param_gather: bool = from_args("overlap_param_gather", default=False)

@@ -46,9 +46,11 @@ class TransformerConfig(ModelParallelConfig):
         0, cli_default=None, group="network size", help="Transformer layers over all pipeline stages.")
     first_pipeline_num_layers: int | None = flag(
         None, on="--decoder-first-pipeline-num-layers", dest="decoder_first_pipeline_num_layers", group="distributed",
+        needs="--pipeline-model-parallel-size",
         help="Layers on the first pipeline stage, when stages shall not be equal.")
     last_pipeline_num_layers: int | None = flag(
         None, on="--decoder-last-pipeline-num-layers", dest="decoder_last_pipeline_num_layers", group="distributed",
+        needs="--pipeline-model-parallel-size",
         help="Layers on the last pipeline stage, when stages shall not be equal.")
     hidden_size: int = flag(
         0, cli_default=None, group="network size", help="Width of the residual stream.")
@@ -79,7 +81,8 @@ class TransformerConfig(ModelParallelConfig):
     add_bias_linear: bool = flag(
         True, off="--disable-bias-linear", group="training", help="Build linear layers without bias.")
     add_qkv_bias: bool = flag(
-        False, group="training", help="Give the QKV projection a bias even with --disable-bias-linear.")
+        False, group="training",
+        needs="--disable-bias-linear", help="Give the QKV projection a bias even with --disable-bias-linear.")
     gated_linear_unit: bool = flag(
         False, on="--swiglu", dest="swiglu", group="network size", help="Use SwiGLU in the MLP: gated, with SiLU.")
     activation_func: Callable = computed(F.gelu, _activation)
@@ -87,7 +90,8 @@ class TransformerConfig(ModelParallelConfig):
     num_moe_experts: int | None = flag(
         None, on="--num-experts", dest="num_experts", group="moe", help="Experts per layer; 0 or nothing: a dense MLP.")
     rotary_interleaved: bool = flag(
-        False, group="network size", help="Rotate neighbouring channels as pairs instead of the two halves.")
+        False, group="network size",
+        needs="--position-embedding-type rope", help="Rotate neighbouring channels as pairs instead of the two halves.")
     window_size: tuple[int, int] | None = from_args("window_size", None)
     normalization: str = flag(
         "LayerNorm", parse=None, choices=("LayerNorm", "RMSNorm"), group="network size", help="Kind of norm.")
@@ -123,73 +127,84 @@ class TransformerConfig(ModelParallelConfig):
         help="Do not fuse bias, dropout and residual addition.")
     apply_rope_fusion: bool = flag(
         False, cli_default=True, off="--no-rope-fusion", group="training",
-        help="Do not use a fused rotary-embedding kernel.")
+        needs="--position-embedding-type rope", help="Do not use a fused rotary-embedding kernel.")
 
     recompute_granularity: str | None = flag(
         None, choices=("full", "selective"), group="training",
         help="Recompute in the backward pass: whole layers (full) or attention's inner part only (selective).")
     recompute_method: str | None = flag(
         None, choices=("uniform", "block"), group="training",
-        help="With full recomputation: all layers in equal chunks (uniform), or the first layers of a stage (block).")
+        needs="--recompute-granularity full",
+        help="All layers in equal chunks (uniform), or the first layers of a stage (block).")
     recompute_num_layers: int | None = flag(
         None, group="training",
-        help="With full recomputation: layers per chunk (uniform), or recomputed layers per stage (block).")
+        needs="--recompute-granularity full",
+        help="Layers per chunk (uniform), or recomputed layers per stage (block).")
     distribute_saved_activations: bool | None = flag(
         None, cli_default=False, group="training",
-        help="With full recomputation: divide the saved inputs over the tensor-parallel ranks.")
+        needs="--recompute-granularity full", help="Divide the saved inputs over the tensor-parallel ranks.")
 
     fp8: str | None = flag(
         None, on="--fp8-format", parse=None, choices=("e4m3", "hybrid"), group="Transformer-Engine",
         help="Multiply the layers' matrices in fp8; hybrid takes e4m3 forward and e5m2 backward. Emulated on a CPU.")
     fp8_margin: int = flag(
-        0, group="Transformer-Engine", help="With --fp8-format: powers of two kept free above the largest magnitude.")
+        0, group="Transformer-Engine",
+        needs="--fp8-format", help="Powers of two kept free above the largest magnitude.")
     fp8_interval: int = flag(
         1, group="Transformer-Engine", status="noop", reason="Transformer Engine dropped the setting",
         help="Steps between updates of the fp8 scale.")
     fp8_amax_history_len: int = flag(
         1, group="Transformer-Engine",
-        help="With --fp8-recipe delayed: steps whose largest magnitudes are remembered.")
+        needs=("--fp8-format", "--fp8-recipe delayed"), help="Steps whose largest magnitudes are remembered.")
     fp8_amax_compute_algo: str = flag(
         "most_recent", parse=None, choices=("most_recent", "max"), group="Transformer-Engine",
-        help="With --fp8-recipe delayed: scale by the last or the largest remembered magnitude.")
+        needs=("--fp8-format", "--fp8-recipe delayed"), help="Scale by the last or the largest remembered magnitude.")
     fp8_wgrad: bool = flag(
         True, off="--no-fp8-wgrad", group="Transformer-Engine",
-        help="With --fp8-format: compute weight gradients in higher precision.")
+        needs="--fp8-format", help="Compute weight gradients in higher precision.")
     fp8_dot_product_attention: bool = from_args("fp8_dot_product_attention", False)
     fp8_multi_head_attention: bool = from_args("fp8_multi_head_attention", False)
     tp_only_amax_red: bool = from_args("tp_only_amax_red", False)
 
     moe_router_load_balancing_type: str = flag(
         "aux_loss", choices=("aux_loss", "sinkhorn", "none"), group="moe",
+        needs="--num-experts",
         help="How experts are kept evenly used: a loss term, sinkhorn assignment, or not at all.")
-    moe_router_topk: int = flag(2, group="moe", help="Experts each token is sent to.")
+    moe_router_topk: int = flag(2, group="moe", needs="--num-experts", help="Experts each token is sent to.")
     moe_router_pre_softmax: bool = flag(
-        False, group="moe", help="Take the router's softmax over all experts, before the top-k choice.")
+        False, group="moe",
+        needs="--num-experts", help="Take the router's softmax over all experts, before the top-k choice.")
     moe_grouped_gemm: bool = flag(
-        False, group="moe", help="Run a rank's experts as one grouped matrix product.")
+        False, group="moe", needs="--num-experts", help="Run a rank's experts as one grouped matrix product.")
     moe_aux_loss_coeff: float = flag(
-        0, cli_default=0.0, group="moe", help="Weight of the load-balancing loss.")
+        0, cli_default=0.0, group="moe",
+        needs=("--num-experts", "--moe-router-load-balancing-type aux_loss"), help="Weight of the load-balancing loss.")
     moe_z_loss_coeff: float | None = flag(
-        None, group="moe", help="Weight of the router's z-loss, which keeps its logits small.")
+        None, group="moe", needs="--num-experts", help="Weight of the router's z-loss, which keeps its logits small.")
     moe_input_jitter_eps: float | None = flag(
-        None, group="moe", help="Multiply the router's input by noise from [1 - eps, 1 + eps].")
+        None, group="moe", needs="--num-experts", help="Multiply the router's input by noise from [1 - eps, 1 + eps].")
     moe_token_dropping: bool = from_args("moe_token_dropping", False)
     moe_token_dispatcher_type: str = flag(
         "allgather", choices=("allgather", "alltoall", "alltoall_seq"), group="moe",
-        help="How tokens reach the ranks of their experts.")
-    moe_per_layer_logging: bool = flag(False, group="moe", help="Log router losses layer by layer.")
+        needs="--num-experts", help="How tokens reach the ranks of their experts.")
+    moe_per_layer_logging: bool = flag(
+        False, group="moe", needs="--num-experts", help="Log router losses layer by layer.")
     moe_expert_capacity_factor: float | None = flag(
-        None, group="moe", help="Tokens an expert takes, relative to an even share; the rest is dropped. "
+        None, group="moe",
+        needs="--num-experts", help="Tokens an expert takes, relative to an even share; the rest is dropped. "
         "Nothing or a negative value: no limit.")
     moe_pad_expert_input_to_capacity: bool = flag(
-        False, group="moe", help="Pad every expert's input to its capacity.")
+        False, group="moe", needs="--num-experts", help="Pad every expert's input to its capacity.")
     moe_token_drop_policy: str = flag(
         "probs", choices=("probs", "position"), group="moe",
+        needs="--moe-expert-capacity-factor",
         help="Which tokens an overfull expert drops: those of low probability, or the last ones.")
-    moe_layer_recompute: bool = flag(False, group="moe", help="Recompute MoE layers in the backward pass.")
+    moe_layer_recompute: bool = flag(
+        False, group="moe", needs="--num-experts", help="Recompute MoE layers in the backward pass.")
 
     clone_scatter_output_in_embedding: bool = flag(
         True, off="--no-clone-scatter-output-in-embedding", group="training",
+        needs="--sequence-parallel",
         help="Do not copy the sequence-parallel embedding; the whole sequence then stays allocated behind the slice.")
     disable_parameter_transpose_cache: bool = from_args("disable_parameter_transpose_cache", False)
     enable_cuda_graph: bool = flag(
@@ -206,14 +221,14 @@ class TransformerConfig(ModelParallelConfig):
     standalone_embedding_stage: bool = from_args("standalone_embedding_stage", False, kw_only=True)
     fp8_recipe: str = flag(
         "delayed", choices=("delayed", "tensorwise"), group="extras", kw_only=True,
-        help="With --fp8-format: scale tensors by magnitudes of earlier steps (delayed) or their own (tensorwise).")
+        needs="--fp8-format", help="Scale tensors by magnitudes of earlier steps (delayed) or their own (tensorwise).")
     first_last_layers_bf16: bool = flag(
         False, group="extras", kw_only=True,
-        help="With --fp8-format: keep the first and last layers out of fp8, as many as the next two flags say.")
+        needs="--fp8-format", help="Keep the first and last layers out of fp8, as many as the next two flags say.")
     num_layers_at_start_in_bf16: int = flag(
-        1, group="extras", kw_only=True, help="With --first-last-layers-bf16: layers at the beginning.")
+        1, group="extras", kw_only=True, needs="--first-last-layers-bf16", help="Layers at the beginning.")
     num_layers_at_end_in_bf16: int = flag(
-        1, group="extras", kw_only=True, help="With --first-last-layers-bf16: layers at the end.")
+        1, group="extras", kw_only=True, needs="--first-last-layers-bf16", help="Layers at the end.")
     # fmt: on
 
     def __post_init__(self) -> None:

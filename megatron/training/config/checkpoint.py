@@ -21,14 +21,16 @@ class CheckpointConfig:
     save: str | None = flag(None, group="checkpointing", help="Directory to save checkpoints into.")
     save_interval: int | None = flag(
         None, on=("--save-interval", "--persistent-save-interval"), group="checkpointing",
-        help="Steps between checkpoints.")
-    no_save_optim: bool | None = flag(None, group="checkpointing", help="Save no optimizer state.")
-    no_save_rng: bool | None = flag(None, group="checkpointing", help="Save no random state.")
+        needs="--save", help="Steps between checkpoints.")
+    no_save_optim: bool | None = flag(None, group="checkpointing", needs="--save", help="Save no optimizer state.")
+    no_save_rng: bool | None = flag(None, group="checkpointing", needs="--save", help="Save no random state.")
     load: str | None = flag(None, group="checkpointing", help="Directory to load a checkpoint from.")
-    no_load_optim: bool | None = flag(None, group="checkpointing", help="Load no optimizer state.")
-    no_load_rng: bool | None = flag(None, group="checkpointing", help="Load no random state.")
+    no_load_optim: bool | None = flag(
+        None, group="checkpointing", needs="--load or --pretrained-checkpoint", help="Load no optimizer state.")
+    no_load_rng: bool | None = flag(
+        None, group="checkpointing", needs="--load or --pretrained-checkpoint", help="Load no random state.")
     non_persistent_save_interval: int | None = flag(
-        None, group="checkpointing", help="Steps between checkpoints of which only the newest is kept.")
+        None, group="checkpointing", needs="--save", help="Steps between checkpoints of which only the newest is kept.")
     non_persistent_ckpt_type: str | None = flag(
         None, choices=("global", "local", "in_memory", None), group="checkpointing", status="noop",
         reason="global is the only kind there is",
@@ -43,14 +45,17 @@ class CheckpointConfig:
         reason="node-local checkpoints do not work in v0.9 either", help="How those of kind local are written.")
     finetune: bool = flag(
         False, group="checkpointing",
+        needs="--load or --pretrained-checkpoint",
         help="Load weights only: iteration 0, fresh optimizer, schedule and random state.")
     pretrained_checkpoint: str | None = flag(
         None, group="checkpointing", help="Checkpoint whose weights to start from when --load holds none.")
-    ckpt_step: int | None = flag(None, group="checkpointing", help="Load this iteration instead of the newest.")
+    ckpt_step: int | None = flag(
+        None, group="checkpointing", needs="--load", help="Load this iteration instead of the newest.")
     use_checkpoint_args: bool = flag(
         False, group="checkpointing", help="Take the model's shape from the checkpoint instead of the command line.")
     exit_on_missing_checkpoint: bool = flag(
-        False, group="checkpointing", help="End if --load holds no checkpoint, instead of starting anew.")
+        False, group="checkpointing",
+        needs="--load or --pretrained-checkpoint", help="End if --load holds no checkpoint, instead of starting anew.")
     use_dist_ckpt_deprecated: bool = flag(
         False, on="--use-dist-ckpt", group="checkpointing", status="noop", reason="another flag decides",
         instead="--ckpt-format", help="Old way to choose the distributed format.")
@@ -67,22 +72,29 @@ class CheckpointConfig:
         None, parse=None, choices=_FORMATS, group="checkpointing",
         help="Load, save in this format under --ckpt-convert-save, and end.")
     ckpt_convert_save: str | None = flag(
-        None, parse=None, group="checkpointing", help="Where a converted checkpoint goes.")
+        None, parse=None, group="checkpointing",
+        needs="--ckpt-convert-format", help="Where a converted checkpoint goes.")
     ckpt_convert_update_legacy_dist_opt_format: bool = flag(
-        False, group="checkpointing", help="While converting, bring old optimizer state to the present format.")
+        False, group="checkpointing",
+        needs="--ckpt-convert-format", help="While converting, bring old optimizer state to the present format.")
     ckpt_fully_parallel_save_deprecated: bool = flag(
         False, on="--ckpt-fully-parallel-save", group="checkpointing", status="noop", reason="it is the default",
         help="Let all data-parallel ranks write their share.")
     ckpt_fully_parallel_save: bool = flag(
         True, off="--no-ckpt-fully-parallel-save", group="checkpointing",
+        needs=("--save", "--ckpt-format torch_dist"),
         help="Let the first data-parallel rank write everything instead of all ranks their share.")
-    async_save: bool | None = flag(None, group="checkpointing", help="Write checkpoints while training goes on.")
+    async_save: bool | None = flag(
+        None, group="checkpointing", needs="--save", help="Write checkpoints while training goes on.")
     ckpt_fully_parallel_load: bool = flag(
-        False, group="checkpointing", help="Let data-parallel ranks read shares and exchange them.")
+        False, group="checkpointing",
+        needs="--load or --pretrained-checkpoint", help="Let data-parallel ranks read shares and exchange them.")
     ckpt_assume_constant_structure: bool = flag(
         False, group="checkpointing",
+        needs=("--save", "--ckpt-format torch_dist"),
         help="Plan the first save only and reuse the plan: all checkpoints of the run have the same content.")
     dist_ckpt_strictness: str = flag(
         "assume_ok_unexpected", choices=_STRICTNESS, group="checkpointing",
+        needs="--load or --pretrained-checkpoint",
         help="What to do about keys that are missing in the checkpoint or unexpected there.")
     # fmt: on

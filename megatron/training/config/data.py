@@ -17,6 +17,7 @@ class DataConfig:
         help="Prefix of one dataset, or several, each preceded by its weight, blended and split by --split.")
     renormalize_blend_weights: bool = flag(
         False, group="data and dataloader",
+        needs="--data-path or --train-data-path",
         help="Correct blend weights so that no dataset needs more samples than its share promises.")
     split: str | None = flag(
         None, group="data and dataloader",
@@ -60,5 +61,6 @@ class DataConfig:
         help="One pass in order (single, the default), endless shuffled passes (cyclic), or an iterator of your own.")
     data_sharding: bool = flag(
         True, off="--no-data-sharding", group="data and dataloader",
-        help="With --dataloader-type cyclic: shuffle over all data instead of within each data-parallel rank's share.")
+        needs="--dataloader-type cyclic",
+        help="Shuffle over all data instead of within each data-parallel rank's share.")
     # fmt: on

@@ -17,7 +17,7 @@ class ExtrasConfig:
         help="Check every step that replicas agree and gradients are finite; names rank and parameter if not.")
     keep_last_checkpoints: int | None = flag(
         None, on=("--keep-last", "--keep-last-checkpoints"), group="extras",
-        help="Keep this many newest checkpoints in --save and delete older ones.")
+        needs="--save", help="Keep this many newest checkpoints in --save and delete older ones.")
     allow_unsafe_pickle: bool = flag(
         False, group="extras", help="Load checkpoint files that can run code. Only for files you trust.")
     print_config: bool = flag(
@@ -25,8 +25,12 @@ class ExtrasConfig:
     metrics_file: str | None = flag(
         None, group="extras", help="File for one JSON line per log line; default metrics.jsonl in --save.")
     mfu_peak_tflops: float | None = flag(
-        None, group="extras", help="Peak TFLOP/s of one device for the share --log-throughput reports; default by name.")
+        None, group="extras",
+        needs="--log-throughput",
+        help="Peak TFLOP/s of one device for the share --log-throughput reports; default by name.")
     use_rope_scaling: bool = flag(
-        False, group="extras", help="Scale rotary frequencies as Llama 3.1 does, to lengthen the context.")
-    rope_scaling_factor: float = flag(8.0, group="extras", help="With --use-rope-scaling: the factor.")
+        False, group="extras",
+        needs="--position-embedding-type rope",
+        help="Scale rotary frequencies as Llama 3.1 does, to lengthen the context.")
+    rope_scaling_factor: float = flag(8.0, group="extras", needs="--use-rope-scaling", help="The factor.")
     # fmt: on

@@ -17,17 +17,21 @@ class LearningRateConfig:
         help="Shape of the decay; WSD is warm-up, stable, decay.")
     lr_wsd_decay_style: str = flag(
         "exponential", choices=("exponential", "linear", "cosine"), group="learning rate",
-        help="Shape of the last phase of WSD.")
+        needs="--lr-decay-style WSD", help="Shape of the last phase of WSD.")
     lr_decay_iters: int | None = flag(None, group="learning rate", help="Steps until --min-lr; default --train-iters.")
     lr_decay_samples: int | None = flag(
         None, group="learning rate", help="Samples until --min-lr; default --train-samples.")
-    lr_wsd_decay_samples: int | None = flag(None, group="learning rate", help="Samples in the last phase of WSD.")
-    lr_wsd_decay_iters: int | None = flag(None, group="learning rate", help="Steps in the last phase of WSD.")
+    lr_wsd_decay_samples: int | None = flag(
+        None, group="learning rate", needs="--lr-decay-style WSD", help="Samples in the last phase of WSD.")
+    lr_wsd_decay_iters: int | None = flag(
+        None, group="learning rate", needs="--lr-decay-style WSD", help="Steps in the last phase of WSD.")
     lr_warmup_fraction: float | None = flag(
         None, group="learning rate", help="Warm-up as a share of the decay length, instead of steps or samples.")
     lr_warmup_iters: int = flag(0, group="learning rate", help="Steps of linear warm-up.")
     lr_warmup_samples: int = flag(0, group="learning rate", help="Samples of linear warm-up.")
-    lr_warmup_init: float = flag(0.0, group="learning rate", help="Learning rate at which warm-up starts.")
+    lr_warmup_init: float = flag(0.0, group="learning rate",
+        needs="--lr-warmup-iters or --lr-warmup-samples or --lr-warmup-fraction",
+        help="Learning rate at which warm-up starts.")
     warmup: int | None = flag(
         None, group="learning rate", status="unsupported", reason="it was renamed", instead="--lr-warmup-fraction",
         help="Old name of --lr-warmup-fraction, as a percentage.")

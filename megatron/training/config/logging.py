@@ -16,27 +16,33 @@ class LoggingConfig:
     log_params_norm: bool = flag(False, group="logging", help="Compute and log the norm of all parameters.")
     log_throughput: bool = flag(False, group="logging", help="Log FLOP/s per device, with their share of its peak.")
     log_progress: bool = flag(
-        False, group="logging", help="Append work done and time taken to progress.txt in --save.")
+        False, group="logging", needs="--save", help="Append work done and time taken to progress.txt in --save.")
     timing_log_level: int = flag(
         0, choices=(0, 1, 2), group="logging", help="Detail of timers: the step, its parts, or every small piece.")
     timing_log_option: str = flag(
         "minmax", choices=("max", "minmax", "all"), group="logging",
         help="Times to report over ranks: the largest, both extremes, or each.")
     tensorboard_dir: str | None = flag(None, group="logging", help="Directory for TensorBoard.")
-    tensorboard_log_interval: int = flag(1, group="logging", help="Steps between TensorBoard entries.")
-    tensorboard_queue_size: int = flag(1000, group="logging", help="Entries TensorBoard holds back before writing.")
-    log_timers_to_tensorboard: bool = flag(False, group="logging", help="Write timers to TensorBoard.")
+    tensorboard_log_interval: int = flag(
+        1, group="logging", needs="--tensorboard-dir", help="Steps between TensorBoard entries.")
+    tensorboard_queue_size: int = flag(
+        1000, group="logging", needs="--tensorboard-dir", help="Entries TensorBoard holds back before writing.")
+    log_timers_to_tensorboard: bool = flag(
+        False, group="logging", needs="--tensorboard-dir", help="Write timers to TensorBoard.")
     log_loss_scale_to_tensorboard: bool = flag(
         True, off="--no-log-loss-scale-to-tensorboard", group="logging",
-        help="Do not write the loss scale to TensorBoard.")
+        needs="--tensorboard-dir", help="Do not write the loss scale to TensorBoard.")
     log_validation_ppl_to_tensorboard: bool = flag(
-        False, group="logging", help="Write validation perplexity to TensorBoard.")
+        False, group="logging", needs="--tensorboard-dir", help="Write validation perplexity to TensorBoard.")
     log_memory_to_tensorboard: bool = flag(
-        False, group="logging", status="gpu", help="Write device memory to TensorBoard.")
-    log_world_size_to_tensorboard: bool = flag(False, group="logging", help="Write the world size to TensorBoard.")
+        False, group="logging", status="gpu", needs="--tensorboard-dir", help="Write device memory to TensorBoard.")
+    log_world_size_to_tensorboard: bool = flag(
+        False, group="logging", needs="--tensorboard-dir", help="Write the world size to TensorBoard.")
     wandb_project: str = flag("", group="logging", help="Project at Weights & Biases; empty: do not use it.")
-    wandb_exp_name: str = flag("", group="logging", help="Name of the run at Weights & Biases.")
-    wandb_save_dir: str = flag("", group="logging", help="Local directory of Weights & Biases; default inside --save.")
+    wandb_exp_name: str = flag(
+        "", group="logging", needs="--wandb-project", help="Name of the run at Weights & Biases.")
+    wandb_save_dir: str = flag("", group="logging",
+        needs="--wandb-project", help="Local directory of Weights & Biases; default inside --save.")
     logging_level: int | None = flag(
         None, group="logging", help="Level of Python's loggers; default from MEGATRON_LOGGING_LEVEL, else 20 (INFO).")
     # fmt: on

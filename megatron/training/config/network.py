@@ -19,7 +19,8 @@ class NetworkConfig:
     group_query_attention: bool = flag(
         False, group="network size", help="Let groups of heads share keys and values (see --num-query-groups).")
     num_query_groups: int = flag(
-        1, group="network size", help="With --group-query-attention: groups of heads, each with its own keys and values.")
+        1, group="network size",
+        needs="--group-query-attention", help="Groups of heads, each with its own keys and values.")
     max_position_embeddings: int | None = flag(
         None, group="network size", help="Longest sequence the model has positions for.")
     position_embedding_type: str = flag(
@@ -29,10 +30,14 @@ class NetworkConfig:
         False, group="network size", status="deprecated", reason="there is a more general flag",
         instead="--position-embedding-type rope",
         help="The same as --position-embedding-type rope.")
-    rotary_base: int = flag(10000, group="network size", help="Base of the rotary frequencies.")
-    rotary_percent: float = flag(1.0, group="network size", help="Share of each head that is rotated.")
+    rotary_base: int = flag(
+        10000, group="network size", needs="--position-embedding-type rope", help="Base of the rotary frequencies.")
+    rotary_percent: float = flag(
+        1.0, group="network size", needs="--position-embedding-type rope", help="Share of each head that is rotated.")
     rotary_seq_len_interpolation_factor: int | None = flag(
-        None, group="network size", help="Divide positions by this number before rotating (linear interpolation).")
+        None, group="network size",
+        needs="--position-embedding-type rope",
+        help="Divide positions by this number before rotating (linear interpolation).")
     add_position_embedding: bool = flag(
         True, off="--no-position-embedding", group="network size",
         help="Build no table of positions; only together with rotary embeddings.")
@@ -71,7 +76,8 @@ class InitializationConfig:
     data_parallel_random_init: bool = flag(
         False, group="initialization", help="Draw different initial weights on every data-parallel rank.")
     init_method_xavier_uniform: bool = flag(
-        False, group="initialization", help="Draw weights from Xavier's uniform distribution; output layers keep theirs.")
+        False, group="initialization",
+        help="Draw weights from Xavier's uniform distribution; output layers keep theirs.")
     # fmt: on
 
 

@@ -82,7 +82,7 @@ GROUPS: dict[str, str] = {
     "autoresume": "Not supported.",
     "biencoder": "Not supported.",
     "vision": "Not supported.",
-    "straggler": "Not supported.",
+    "straggler": "Which ranks are slow.",
     "retro": "Not supported.",
     "ft_package": "Not supported.",
 }
@@ -113,7 +113,7 @@ def explanation(flag: Flag) -> str:
 
 
 def describe(flag: Flag) -> str:
-    """A flag's help with its default and status, as `--help` and the reference print it."""
+    """A flag's help with its default and status, as `--help` prints it."""
     notes = []
     if flag.action == "store" and flag.cli_default not in (None, "", []):
         shown = flag.cli_default
@@ -124,6 +124,8 @@ def describe(flag: Flag) -> str:
         notes.append(f"no effect: {explanation(flag)}")
     elif flag.status != "stable":
         notes.append(f"{flag.status}: {explanation(flag)}")
+    if flag.needs:
+        notes.append(f"needs {' and '.join(flag.needs)}")
     return f"{flag.help} ({'; '.join(notes)})" if notes else flag.help
 
 

@@ -20,16 +20,20 @@ class TokenizerConfig:
     vocab_size: int | None = flag(
         None, group="data and dataloader", help="Vocabulary size before padding; NullTokenizer needs it.")
     vocab_file: str | None = flag(None, group="data and dataloader", help="Vocabulary file.")
-    merge_file: str | None = flag(None, group="data and dataloader", help="Merges of a byte-pair vocabulary.")
+    merge_file: str | None = flag(None, group="data and dataloader",
+        needs="--tokenizer-type GPT2BPETokenizer", help="Merges of a byte-pair vocabulary.")
     vocab_extra_ids: int = flag(0, group="data and dataloader", help="Extra ids for T5's spans.")
     tokenizer_type: str | None = flag(
         None, choices=TOKENIZER_TYPES, group="data and dataloader", help="Kind of tokenizer.")
     tokenizer_model: str | None = flag(
         None, group="data and dataloader", help="Model file, or name at the HuggingFace hub.")
     tiktoken_pattern: str | None = flag(
-        None, group="data and dataloader", help="With TikTokenizer: pattern that splits words, v1 or v2.")
+        None, group="data and dataloader",
+        needs="--tokenizer-type TikTokenizer", help="Pattern that splits words, v1 or v2.")
     tiktoken_num_special_tokens: int = flag(
-        1000, group="data and dataloader", help="With TikTokenizer: ids kept free for special tokens.")
+        1000, group="data and dataloader",
+        needs="--tokenizer-type TikTokenizer", help="Ids kept free for special tokens.")
     tiktoken_special_tokens: list[str] | None = flag(
-        None, nargs="+", group="data and dataloader", help="With TikTokenizer: the special tokens, in order.")
+        None, nargs="+", group="data and dataloader",
+        needs="--tokenizer-type TikTokenizer", help="The special tokens, in order.")
     # fmt: on

@@ -38,7 +38,7 @@ class TrainingConfig:
     bias_gelu_fusion: bool = flag(
         True, off="--no-bias-gelu-fusion", group="training", help="Do not fuse bias and GELU.")
     bias_swiglu_fusion: bool = flag(
-        True, off="--no-bias-swiglu-fusion", group="training", help="Do not fuse bias and SwiGLU.")
+        True, off="--no-bias-swiglu-fusion", group="training", needs="--swiglu", help="Do not fuse bias and SwiGLU.")
     empty_unused_memory_level: int = flag(
         0, choices=(0, 1, 2), group="training", status="gpu",
         help="Return cached device memory: never, after each step, or also between its halves.")
@@ -48,12 +48,13 @@ class TrainingConfig:
         None, group="training", status="gpu",
         help="Every so many steps wait for the device, so that the host does not run far ahead.")
     manual_gc: bool = flag(
-        False, group="training", help="Switch Python's garbage collector off and run it on all ranks at the same steps.")
+        False, group="training",
+        help="Switch Python's garbage collector off and run it on all ranks at the same steps.")
     manual_gc_interval: int = flag(
-        0, group="training", help="With --manual-gc: steps between collections; 0 means at evaluations only.")
+        0, group="training", needs="--manual-gc", help="Steps between collections; 0 means at evaluations only.")
     manual_gc_eval: bool = flag(
         True, off="--no-manual-gc-eval", group="training",
-        help="With --manual-gc: do not collect before and after evaluation.")
+        needs="--manual-gc", help="Do not collect before and after evaluation.")
     # fmt: on
 
 
@@ -63,11 +64,13 @@ class ProfilingConfig:
 
     # fmt: off
     profile: bool = flag(False, group="training", help="Profile some steps (nsys, or torch's profiler).")
-    profile_step_start: int = flag(10, group="training", help="First profiled step.")
-    profile_step_end: int = flag(12, group="training", help="First step that is not profiled any more.")
+    profile_step_start: int = flag(10, group="training", needs="--profile", help="First profiled step.")
+    profile_step_end: int = flag(
+        12, group="training", needs="--profile", help="First step that is not profiled any more.")
     use_pytorch_profiler: bool = flag(
-        False, group="training", help="With --profile: write a trace with torch's profiler into --tensorboard-dir.")
-    profile_ranks: list[int] = flag([0], nargs="+", group="training", help="Global ranks that profile.")
+        False, group="training", needs="--profile", help="Write a trace with torch's profiler into --tensorboard-dir.")
+    profile_ranks: list[int] = flag(
+        [0], nargs="+", group="training", needs="--profile", help="Global ranks that profile.")
     # fmt: on
 
 

@@ -37,14 +37,27 @@ def check_supported(args: Any) -> None:
             raise FlagError(flag.spellings[0], f"not supported: {flag.reason}", fix)
 
 
+def _given(condition: str, args: Any) -> bool:
+    """Whether one of the flags of `Flag.needs` is away from its default, or has the value named there."""
+    spelled = {spelling: flag for flag in all_flags() for spelling in flag.spellings}
+    for alternative in condition.split(" or "):
+        spelling, _, value = alternative.partition(" ")
+        flag = spelled[spelling]
+        present = getattr(args, flag.dest, flag.cli_default)
+        if str(present) == value if value else present != flag.cli_default:
+            return True
+    return False
+
+
 def _line(flag: Flag, args: Any) -> str | None:
     if flag.status in ("noop", "deprecated"):
         effect = "has no effect" if flag.status == "noop" else "is deprecated"
         return f"{flag.spellings[0]} {effect}: {explanation(flag)}"
     if flag.status == "gpu" and not capability.probe().has_cuda:
         return f"{flag.spellings[0]} has no effect: it needs a CUDA device"
-    if flag.dest.endswith("_to_tensorboard") and getattr(args, flag.dest) and not args.tensorboard_dir:
-        return f"{flag.spellings[0]} has no effect: it needs --tensorboard-dir"
+    for condition in flag.needs:
+        if not _given(condition, args):
+            return f"{flag.spellings[0]} has no effect: it needs {condition}"
     return None
 
 
