@@ -21,7 +21,8 @@ are those of Megatron-LM core v0.9, the group *extras* excepted.
 
 What the last column says: nothing, the flag does what its help says; *needs*, it has an effect only beside these flags, and
 the start-up report says so where they are missing; **GPU**, it has no effect without a CUDA device, and **no effect**, it is
-accepted, and the report says so too; **deprecated**, it works and another flag is better; **unsupported**, a value other than the default stops the run with this reason.
+accepted, and the report says so too; **deprecated**, it works and another flag is better; **unsupported**, a value other
+than the default stops the run with this reason.
 """
 
 
