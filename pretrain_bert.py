@@ -22,6 +22,7 @@ from megatron.core.models.bert.bert_layer_specs import (
     bert_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.bert.bert_model import BertModel
+from megatron.core.straggler import StragglerDetector
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
@@ -105,12 +106,14 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]] | None, model: BertModel
 ) -> tuple[BertOutput | Tensor, Callable[[BertOutput], BertLoss]]:
     """One micro-batch: loss per token and order logits on the last stage, hidden states [s/sp, b, h] before it."""
-    timers = get_timers()
+    timers, stragglers = get_timers(), StragglerDetector()
     timers("batch-generator", log_level=2).start()
-    tokens, types, sentence_order, loss_mask, labels, padding_mask = get_batch(data_iterator)
+    with stragglers(bdata=True):
+        tokens, types, sentence_order, loss_mask, labels, padding_mask = get_batch(data_iterator)
     timers("batch-generator").stop()
     tokentypes = types if get_args().bert_binary_head else None
-    output = model(tokens, padding_mask, tokentype_ids=tokentypes, lm_labels=labels)
+    with stragglers:
+        output = model(tokens, padding_mask, tokentype_ids=tokentypes, lm_labels=labels)
     return output, partial(loss_func, loss_mask, sentence_order)
 
 

@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.straggler import StragglerDetector
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
@@ -83,11 +84,13 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]], model: GPTModel
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """One micro-batch: loss per token [b, s/cp] on the last stage, hidden states [s/cp/sp, b, h] before it."""
-    timers = get_timers()
+    timers, stragglers = get_timers(), StragglerDetector()
     timers("batch-generator", log_level=2).start()
-    tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
+    with stragglers(bdata=True):
+        tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
     timers("batch-generator").stop()
-    output = model(tokens, position_ids, attention_mask, labels=labels)
+    with stragglers:
+        output = model(tokens, position_ids, attention_mask, labels=labels)
     return output, partial(masked_token_loss, loss_mask)
 
 

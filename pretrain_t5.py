@@ -24,6 +24,7 @@ from megatron.core.models.T5.t5_spec import (
     encoder_model_with_local_spec,
     encoder_model_with_transformer_engine_default_spec,
 )
+from megatron.core.straggler import StragglerDetector
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
@@ -118,11 +119,13 @@ def forward_step(
     data_iterator: Iterator[dict[str, Tensor]] | None, model: T5Model
 ) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """One micro-batch: loss per token [b, d] on the last stage, hidden states [s/sp, b, h] before it."""
-    timers = get_timers()
+    timers, stragglers = get_timers(), StragglerDetector()
     timers("batch-generator", log_level=2).start()
-    tokens_enc, tokens_dec, loss_mask, labels, enc_mask, dec_mask, enc_dec_mask = get_batch(data_iterator)
+    with stragglers(bdata=True):
+        tokens_enc, tokens_dec, loss_mask, labels, enc_mask, dec_mask, enc_dec_mask = get_batch(data_iterator)
     timers("batch-generator").stop()
-    output = model(tokens_enc, tokens_dec, enc_mask, dec_mask, enc_dec_mask, lm_labels=labels)
+    with stragglers:
+        output = model(tokens_enc, tokens_dec, enc_mask, dec_mask, enc_dec_mask, lm_labels=labels)
     assert isinstance(loss_mask, torch.Tensor), "only dec_mask may be None"
     return output, partial(masked_token_loss, loss_mask)
 

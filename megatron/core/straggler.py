@@ -37,8 +37,8 @@ class StragglerDetector:
     """Context manager around what shall be timed: `with detector:` the forward pass, `with detector(bdata=True):`
     the fetching of a batch. There is one instance per process.
 
-    `report` logs on rank 0 the slowest and fastest ranks by device time. A line sent to `port` of rank 0's host
-    switches measuring on or off while the run goes on.
+    `report` logs on rank 0 the slowest and fastest ranks by device time. A request to `port` of rank 0's host
+    (`curl HOST:PORT`) switches measuring on or off while the run goes on.
     """
 
     _instance: ClassVar[StragglerDetector | None] = None
@@ -132,8 +132,7 @@ class StragglerDetector:
         dist.broadcast(wanted, src=0)
         logged = False
         if not self._off:
-            elapsed_ms, fetching_ms = self.elapsed()[:2]
-            mine = torch.tensor([elapsed_ms, fetching_ms], device=device.current())
+            mine = torch.tensor(self.elapsed(), dtype=torch.float32, device=device.current())
             everyone = [torch.empty_like(mine) for _ in range(self._world)]
             dist.all_gather(everyone, mine)
             logged = self._log(torch.stack(everyone).cpu(), total_flops, max(log_interval, 1))
@@ -141,19 +140,19 @@ class StragglerDetector:
         self._apply(bool(wanted.item()))
         return logged
 
-    def _log(self, times: torch.Tensor, total_flops: float, log_interval: int) -> bool:
-        """times [ranks, 2] in ms."""
+    def _log(self, measured: torch.Tensor, total_flops: float, log_interval: int) -> bool:
+        """measured [ranks, 6]: what `elapsed` gave on each."""
         if self._rank != 0:
             return False
-        order = times[:, 0].argsort().tolist()
+        order = measured[:, 0].argsort().tolist()
         per_rank_flops = total_flops / self._world / self._amp
 
         def line(rank: int) -> str:
-            on_device, fetching = (times[rank] / log_interval).tolist()
-            seconds = times[rank, 0].item() / 1000.0
-            teraflops = per_rank_flops / seconds / 1e12 if seconds else 0.0
+            busy_ms, fetching_ms, celsius, milliwatts, percent, megahertz = measured[rank].tolist()
+            teraflops = per_rank_flops / (busy_ms / 1000.0) / 1e12 if busy_ms else 0.0
             return (
-                f"rank {rank}: {on_device:.2f} ms/iter, data {fetching:.2f} ms/iter, {teraflops:.2f} TFLOP/s"
+                f"rank {rank}: {busy_ms / log_interval:.2f} ms/iter, data {fetching_ms / log_interval:.2f} ms/iter, "
+                f"{teraflops:.2f} TFLOP/s, {celsius:.0f} C, {milliwatts / 1000:.0f} W, {percent:.0f} %, {megahertz:.0f} MHz"
             )
 
         for label, ranks in (("slowest", order[::-1][: self._mmcnt]), ("fastest", order[: self._mmcnt])):

@@ -61,6 +61,7 @@ from megatron.training.setup import (
     update_train_iters,
 )
 from megatron.training.step import train_step
+from megatron.training.stragglers import StragglerLog
 from megatron.training.utils import append_to_progress_log, calc_params_l2_norm, print_rank_0
 
 __all__ = [
@@ -274,6 +275,7 @@ class Run:
         report_memory = True
         profiler = Profiler(args)
         throughput = JobThroughput(args.num_floating_point_operations_so_far)
+        stragglers = StragglerLog(args)
         timers("interval-time", log_level=0).start(barrier=True)
         print_datetime("before the start of training step")
         if args.manual_gc:
@@ -320,6 +322,7 @@ class Run:
                 num_zeros,
                 ctx=self.ctx,
             )
+            stragglers.after(iteration)
             self._check_weight_hashes(iteration)
             if args.eval_interval and iteration % args.eval_interval == 0 and args.do_valid:
                 self._evaluate_in_loop(iteration)

@@ -63,7 +63,6 @@ OTHERS = {
     "--hybrid-attention-ratio 0.5": "--hybrid-attention-ratio Mamba",
     "--adlr-autoresume": "--adlr-autoresume",
     "--enable-ft-package": "--enable-ft-package",
-    "--log-straggler": "--log-straggler",
     "--lazy-mpu-init yes": "--lazy-mpu-init",
     "--use-ring-exchange-p2p": "--use-ring-exchange-p2p",
     "--yaml-cfg missing.yaml": "--yaml-cfg missing.yaml",

@@ -43,6 +43,16 @@ class LoggingConfig:
         "", group="logging", needs="--wandb-project", help="Name of the run at Weights & Biases.")
     wandb_save_dir: str = flag("", group="logging",
         needs="--wandb-project", help="Local directory of Weights & Biases; default inside --save.")
+    log_straggler: bool = flag(
+        False, group="straggler", status="gpu",
+        help="With each log line, name the ranks whose devices take longest and least for the forward pass.")
+    disable_straggler_on_startup: bool = flag(
+        False, group="straggler", status="gpu", needs="--log-straggler", help="Measure only once switched on by request.")
+    straggler_ctrlr_port: int = flag(
+        65535, group="straggler", status="gpu", needs="--log-straggler",
+        help="Port of rank 0's host at which a request (curl HOST:PORT) switches measuring on or off.")
+    straggler_minmax_count: int = flag(
+        1, group="straggler", status="gpu", needs="--log-straggler", help="Slowest and fastest ranks to name.")
     logging_level: int | None = flag(
         None, group="logging", help="Level of Python's loggers; default from MEGATRON_LOGGING_LEVEL, else 20 (INFO).")
     # fmt: on

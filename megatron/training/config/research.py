@@ -22,7 +22,6 @@ _RETRO = _missing("retro", "Retro is")
 _HYBRID = _missing("experimental", "Mamba and hybrid models are")
 _AUTORESUME = _missing("autoresume", "the ADLR autoresume client is")
 _FAULT_TOLERANCE = _missing("ft_package", "the fault-tolerance client is")
-_STRAGGLER = _missing("straggler", "the straggler detector is")
 _ONE_LOGGER: dict[str, Any] = {
     "group": "one logger", "status": "noop", "reason": "there is no one-logger client; use TensorBoard or W&B",
 }  # fmt: skip
@@ -125,10 +124,6 @@ class ClusterServicesConfig:
     adlr_autoresume: bool = flag(False, **_AUTORESUME, help="Let a cluster service end and resubmit the job.")
     adlr_autoresume_interval: int = flag(1000, **_AUTORESUME, help="Steps between questions to it.")
     enable_ft_package: bool = flag(False, **_FAULT_TOLERANCE, help="Report progress to a watchdog.")
-    log_straggler: bool = flag(False, **_STRAGGLER, help="Find slow devices.")
-    disable_straggler_on_startup: bool = flag(False, **_STRAGGLER, help="Start with the detector off.")
-    straggler_ctrlr_port: int = flag(65535, **_STRAGGLER, help="Port to switch it.")
-    straggler_minmax_count: int = flag(1, **_STRAGGLER, help="Slowest and fastest ranks to name.")
     enable_one_logger: bool = flag(True, off="--no-one-logger", **_ONE_LOGGER, help="Do not report to one-logger.")
     one_logger_project: str = flag("megatron-lm", **_ONE_LOGGER, help="Project at one-logger.")
     one_logger_run_name: str | None = flag(None, **_ONE_LOGGER, help="Name of the run there.")
