@@ -49,7 +49,7 @@ class TransformerLayerSubmodules:
     sharded_state_dict_keys_map: dict[str, str] = field(default_factory=dict)
 
 
-def _joint(part: Part, config: TransformerConfig) -> Any:
+def build_joint(part: Part, config: TransformerConfig) -> Any:
     """What adds a part's result to the stream: `get_bias_dropout_add` with its kernel chosen here, or the spec's own."""
     if part is get_bias_dropout_add and config.bias_dropout_fusion:
         return choose_bias_dropout_add(device.kind(), config.params_dtype)
@@ -93,20 +93,20 @@ class TransformerLayer(MegatronModule, BaseTransformerLayer):
 
         self.input_layernorm = build_module(submodules.input_layernorm, **norm)
         self.self_attention = build_module(submodules.self_attention, layer_number=self.layer_number, **part)
-        self.self_attn_bda = _joint(submodules.self_attn_bda, config)
+        self.self_attn_bda = build_joint(submodules.self_attn_bda, config)
 
         self.pre_cross_attn_layernorm = build_module(submodules.pre_cross_attn_layernorm, **norm)
         self.cross_attention = build_module(
             submodules.cross_attention, layer_number=self.layer_number, **part
         )
-        self.cross_attn_bda = _joint(submodules.cross_attn_bda, config)
+        self.cross_attn_bda = build_joint(submodules.cross_attn_bda, config)
         self.has_cross_attention = not isinstance(self.cross_attention, IdentityOp)
 
         self.pre_mlp_layernorm = build_module(submodules.pre_mlp_layernorm, **norm)
         self.mlp = build_module(submodules.mlp, **part)
         if hasattr(self.mlp, "set_layer_number"):
             self.mlp.set_layer_number(self.layer_number)
-        self.mlp_bda = _joint(submodules.mlp_bda, config)
+        self.mlp_bda = build_joint(submodules.mlp_bda, config)
         # Around the joints in forward passes that users' subclasses took over from v0.9.
         self.bias_dropout_add_exec_handler = torch.enable_grad
 
