@@ -16,16 +16,20 @@ EXTRAS = {
     "flash-attn": ["flash-attn"],
     "eval": ["transformers", "safetensors", "nltk"],
     "data": ["pyarrow", "fsspec", "nltk"],
+    "clean": ["ftfy", "langdetect", "tldextract"],
     "tokenizers": ["sentencepiece", "protobuf", "tiktoken", "transformers"],
     "wandb": ["wandb"],
     "plot": ["matplotlib"],
     "ray": ["ray"],
+    "serve": ["flask"],
 }
 EXTRAS["dev"] = sorted(
     {
         *EXTRAS["eval"],
         *EXTRAS["data"],
+        *EXTRAS["clean"],
         *EXTRAS["plot"],
+        *EXTRAS["serve"],
         *EXTRAS["tokenizers"],
         *EXTRAS["gpu"],
         "hypothesis",
@@ -46,7 +50,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
-    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5"],
+    package_data={"megatron.inference": ["static/*.html"]},
+    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5", "pretrain_mamba"],
     install_requires=[
         "torch>=2.6",
         "numpy",
@@ -63,6 +68,7 @@ setup(
             "pretrain-gpt = pretrain_gpt:main",
             "pretrain-bert = pretrain_bert:main",
             "pretrain-t5 = pretrain_t5:main",
+            "pretrain-mamba = pretrain_mamba:main",
             "preprocess-data = megatron.training.preprocessing.pipeline:main",
             "train-tokenizer = megatron.training.preprocessing.vocabulary:main",
         ]
