@@ -16,7 +16,6 @@ EXTRAS = {
     "flash-attn": ["flash-attn"],
     "eval": ["transformers", "safetensors", "nltk"],
     "data": ["pyarrow", "fsspec", "nltk"],
-    "clean": ["ftfy", "langdetect", "tldextract"],
     "tokenizers": ["sentencepiece", "protobuf", "tiktoken", "transformers"],
     "wandb": ["wandb"],
     "plot": ["matplotlib"],
@@ -27,7 +26,6 @@ EXTRAS["dev"] = sorted(
     {
         *EXTRAS["eval"],
         *EXTRAS["data"],
-        *EXTRAS["clean"],
         *EXTRAS["plot"],
         *EXTRAS["serve"],
         *EXTRAS["tokenizers"],
@@ -51,7 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
     package_data={"megatron.inference": ["static/*.html"]},
-    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5", "pretrain_mamba"],
+    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5"],
     install_requires=[
         "torch>=2.6",
         "numpy",
@@ -68,7 +66,6 @@ setup(
             "pretrain-gpt = pretrain_gpt:main",
             "pretrain-bert = pretrain_bert:main",
             "pretrain-t5 = pretrain_t5:main",
-            "pretrain-mamba = pretrain_mamba:main",
             "preprocess-data = megatron.training.preprocessing.pipeline:main",
             "train-tokenizer = megatron.training.preprocessing.vocabulary:main",
         ]

@@ -18,11 +18,10 @@ from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper 
 from megatron.core.inference.text_generation_controllers.simple_text_generation_controller import (
     SimpleTextGenerationController,
 )
-from megatron.training.checkpointing import load_checkpoint
+from megatron.inference.arguments import GENERATION
+from megatron.inference.start import load_model, start
 from megatron.training.cli import run_main
-from megatron.training.global_vars import get_args, get_tokenizer
-from megatron.training.initialize import initialize_megatron
-from megatron.training.setup import get_model
+from megatron.training.global_vars import get_tokenizer
 from pretrain_gpt import model_provider
 
 
@@ -43,23 +42,14 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def main() -> None:
     """Load, generate, print."""
-    initialize_megatron(
-        add_flags,
-        args_defaults={"tokenizer_type": "GPT2BPETokenizer", "no_load_rng": True, "no_load_optim": True},
-    )
-    args, tokenizer = get_args(), get_tokenizer()
+    args = start(add_flags, GENERATION)
+    tokenizer = get_tokenizer()
     if not args.load:
         raise FlagError("--load", "there is no model to generate from", "add --load DIR")
     if not args.prompt:
         raise FlagError("--prompt", "there is nothing to continue", 'add --prompt "some text"')
-    if args.virtual_pipeline_model_parallel_size is not None:
-        raise FlagError(
-            "--num-layers-per-virtual-pipeline-stage", "interleaved chunks cannot generate text", "drop it"
-        )
-    args.exit_on_missing_checkpoint = True
-    model = get_model(model_provider, wrap_with_ddp=False)
-    load_checkpoint(model, None, None)
-    controller = SimpleTextGenerationController(GPTInferenceWrapper(model[0], args), tokenizer)
+    model = load_model(model_provider, args)
+    controller = SimpleTextGenerationController(GPTInferenceWrapper(model, args), tokenizer)
     try:
         prompts = [controller.tokenize_prompt(prompt) for prompt in args.prompt]
     except ValueError as error:
