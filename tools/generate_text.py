@@ -19,7 +19,7 @@ from megatron.core.inference.text_generation_controllers.simple_text_generation_
     SimpleTextGenerationController,
 )
 from megatron.inference.arguments import GENERATION
-from megatron.inference.start import load_model, start
+from megatron.inference.start import check_prompts, load_model, start
 from megatron.training.cli import run_main
 from megatron.training.global_vars import get_tokenizer
 from pretrain_gpt import model_provider
@@ -50,11 +50,9 @@ def main() -> None:
         raise FlagError("--prompt", "there is nothing to continue", 'add --prompt "some text"')
     model = load_model(model_provider, args)
     controller = SimpleTextGenerationController(GPTInferenceWrapper(model, args), tokenizer)
-    try:
-        prompts = [controller.tokenize_prompt(prompt) for prompt in args.prompt]
-    except ValueError as error:
-        raise FlagError("--prompt", f"the tokenizer refuses it: {error}", "give another prompt") from error
-    check_room(args, prompts)
+    check_prompts(
+        args, "--prompt", args.prompt, controller.tokenize_prompt, args.out_seq_length, len(args.prompt)
+    )
     # Stages of a pipeline draw the same tokens from the same seed.
     engine = MCoreEngine(controller, max_batch_size=len(args.prompt), random_seed=args.seed)
     wanted = CommonInferenceParams(
@@ -67,25 +65,6 @@ def main() -> None:
         if args.rank == 0:
             ids = [*request.prompt_tokens, *request.generated_tokens.tolist()]
             print(tokenizer.detokenize([token for token in ids if token != tokenizer.eod]), flush=True)
-
-
-def check_room(args: argparse.Namespace, prompts: list[list[int]]) -> None:
-    """FlagError where prompts and answers exceed what the model or the memory has room for."""
-    longest = max(map(len, prompts))
-    length = longest + args.out_seq_length
-    if length > args.max_position_embeddings:
-        raise FlagError(
-            "--max-position-embeddings",
-            f"{longest} prompt tokens and {args.out_seq_length} new ones exceed its {args.max_position_embeddings}",
-            "shorten the prompt or generate fewer tokens",
-        )
-    if len(prompts) * length > args.max_tokens_to_oom:
-        raise FlagError(
-            "--max-tokens-to-oom",
-            f"{len(prompts)} rows of prompt and answer would hold {len(prompts) * length} tokens, the limit is "
-            f"{args.max_tokens_to_oom}",
-            "give fewer or shorter prompts, or raise the limit",
-        )
 
 
 if __name__ == "__main__":
