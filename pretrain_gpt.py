@@ -28,6 +28,7 @@ from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.batch import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank, makes_attention_mask
 from megatron.training.cli import run_main
+from megatron.training.config import rules
 from megatron.training.datasets import build_splits, source_fields
 from megatron.training.losses import masked_token_loss
 from megatron.training.utils import print_rank_0
@@ -36,6 +37,7 @@ from megatron.training.utils import print_rank_0
 def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTModel:
     """The layers of this pipeline stage; with the embedding if `pre_process`, with the output layer if `post_process`."""
     args = get_args()
+    rules.check(args, rules.GPT)
     print_rank_0("building GPT model ...")
     config = core_transformer_config_from_args(args)
     return GPTModel(

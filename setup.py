@@ -49,7 +49,7 @@ setup(
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["megatron", "megatron.*"]),
     package_data={"megatron.inference": ["static/*.html"]},
-    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5"],
+    py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5", "pretrain_mamba"],
     install_requires=[
         "torch>=2.6",
         "numpy",
@@ -66,6 +66,7 @@ setup(
             "pretrain-gpt = pretrain_gpt:main",
             "pretrain-bert = pretrain_bert:main",
             "pretrain-t5 = pretrain_t5:main",
+            "pretrain-mamba = pretrain_mamba:main",
             "preprocess-data = megatron.training.preprocessing.pipeline:main",
             "train-tokenizer = megatron.training.preprocessing.vocabulary:main",
         ]

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.sections import cut_sections
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from tests.unit.models import recorded
@@ -175,6 +177,11 @@ def piece_of(whole: dict[str, Tensor], chunk: torch.nn.Module, key: str, paramet
         parallel_state.get_tensor_model_parallel_rank(),
     )
     dim = parameter.partition_dim
+    stacked = re.fullmatch(r"(.*\.mixer)\.(in_proj|conv1d)\.(weight|bias)", key)
+    if stacked:
+        sizes = chunk.get_submodule(stacked[1]).sizes
+        sections = sizes.in_proj if stacked[2] == "in_proj" else sizes.conv
+        return cut_sections(tensor, list(sections.values()), rank, tp)
     if "linear_fc1" in key and tensor.size(0) > parameter.size(0) and chunk.config.gated_linear_unit:
         return torch.cat([half.chunk(tp, dim)[rank] for half in tensor.chunk(2, dim)], dim)
     return tensor.chunk(tp, dim)[rank]
@@ -190,7 +197,7 @@ def _global_name(chunk: torch.nn.Module, key: str, whole: dict[str, Tensor]) -> 
     if match is None:
         return key
     layer = chunk.get_submodule(match[1] + match[2])
-    assert isinstance(layer, TransformerLayer), "only layers are numbered"
+    assert isinstance(layer, (TransformerLayer, MambaLayer)), "only layers are numbered"
     rest = match[3]
     if ".local_experts." in rest:
         before, local, after = re.fullmatch(r"(.*\.local_experts\.)(\d+)(\..*)", rest).groups()  # type: ignore[union-attr]

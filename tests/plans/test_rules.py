@@ -60,7 +60,6 @@ OTHERS = {
     "--retro-add-retriever": "--retro-add-retriever Retro",
     "--vision-pretraining": "--vision-pretraining vision",
     "--ict-load ckpt": "--ict-load retrieval",
-    "--hybrid-attention-ratio 0.5": "--hybrid-attention-ratio Mamba",
     "--adlr-autoresume": "--adlr-autoresume",
     "--enable-ft-package": "--enable-ft-package",
     "--lazy-mpu-init yes": "--lazy-mpu-init",

@@ -41,6 +41,7 @@ _NAME_RULES = [
 _NORM_NAMES = [
     (".input_layernorm.", ".self_attention.linear_qkv.layer_norm_"),
     (".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+    (".norm.", ".mixer.in_proj.layer_norm_"),
 ]
 
 

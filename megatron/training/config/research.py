@@ -1,6 +1,6 @@
-"""Flags of v0.9 that are accepted but belong to things this project does not have.
+"""Flags of v0.9 about hybrid models, and those that are accepted but belong to things this project does not have.
 
-Scripts that leave them at their defaults run; setting one stops with its reason. Those marked `noop` change nothing in
+Scripts that leave the latter at their defaults run; setting one stops with its reason. Those marked `noop` change nothing in
 v0.9 either where the client they configure is not installed, so they only cause a line in the start-up report.
 """
 
@@ -19,7 +19,6 @@ def _missing(group: str, what: str) -> dict[str, Any]:
 _RETRIEVAL = _missing("biencoder", "retrieval models (ICT, ORQA) are")
 _VISION = _missing("vision", "vision models are")
 _RETRO = _missing("retro", "Retro is")
-_HYBRID = _missing("experimental", "Mamba and hybrid models are")
 _AUTORESUME = _missing("autoresume", "the ADLR autoresume client is")
 _FAULT_TOLERANCE = _missing("ft_package", "the fault-tolerance client is")
 _ONE_LOGGER: dict[str, Any] = {
@@ -107,12 +106,16 @@ class RetroConfig:
 
 @dataclass
 class HybridConfig:
-    """Mamba and hybrid stacks."""
+    """Which layer of a hybrid model is of which kind (pretrain_mamba.py alone)."""
 
     # fmt: off
-    hybrid_attention_ratio: float = flag(0.0, **_HYBRID, help="Share of attention layers.")
-    hybrid_mlp_ratio: float = flag(0.0, **_HYBRID, help="Share of MLP layers.")
-    hybrid_override_pattern: str | None = flag(None, **_HYBRID, help="Kinds of layers, letter by letter.")
+    hybrid_attention_ratio: float = flag(
+        0.0, group="experimental", help="Share of a hybrid model's layers that are attention, from 0 to 1.")
+    hybrid_mlp_ratio: float = flag(
+        0.0, group="experimental", help="Share of a hybrid model's layers that are MLPs, from 0 to 1.")
+    hybrid_override_pattern: str | None = flag(
+        None, group="experimental",
+        help="Kinds of a hybrid model's layers, letter by letter: M for Mamba, * for attention, - for an MLP.")
     # fmt: on
 
 

@@ -14,3 +14,8 @@ def stack_spec(**mixer: Any) -> ModuleSpec:
     spec = copy.deepcopy(mamba_stack_spec)
     spec.submodules.mamba_layer.submodules.mixer.params = mixer
     return spec
+
+
+#: For command lines: `--spec tests.unit.ssm.support toy_stack_spec`. Widths from 8 on are enough for its heads, and a
+#: sequence of 16 is three chunks.
+toy_stack_spec = stack_spec(headdim=4, d_state=8, ngroups=4, chunk_size=6)

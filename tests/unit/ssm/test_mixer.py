@@ -16,6 +16,7 @@ from megatron.core.ssm.mamba_mixer import ExtendedRMSNorm, MambaMixer, MambaMixe
 from megatron.core.ssm.sections import cut_sections, join_sections, mixer_sizes
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.training.checkpointing.legacy import adapt_weights
 from tests.unit.ssm.support import stack_spec
 
 PARTS = MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear)
@@ -176,3 +177,10 @@ def test_what_cannot_be_is_refused(changes: dict[str, Any], flag: str) -> None:
 def test_heads_and_groups_must_divide_over_ranks() -> None:
     with pytest.raises(ValueError, match="--tensor-model-parallel-size: 2 groups"):
         mixer_sizes(64, 16, 2, 4, 2).per_rank(4)
+
+
+def test_fused_norms_of_other_checkpoints_are_known() -> None:
+    """v0.9's files have the norm before a mixer inside its projection."""
+    wanted = ["decoder.layers.0.norm.weight", "decoder.layers.0.mixer.norm.weight"]
+    held = {"decoder.layers.0.mixer.in_proj.layer_norm_weight": 1, wanted[1]: 2}
+    assert adapt_weights(held, wanted, 3.0, 4) == {wanted[0]: 1, wanted[1]: 2}

@@ -1,11 +1,11 @@
 """Claims about several flags at once that no single configuration owns.
 
 Rules about one configuration live beside it, in core; these relate flags of different owners. Importing the package
-fills the lists `GIVEN`, `DERIVED` and `TRAINING`, `ONE_STACK` with what depends on the kind of model, and `BERT` and
-`T5` with what only their entry scripts check.
+fills the lists `GIVEN`, `DERIVED` and `TRAINING`, `ONE_STACK` with what depends on the kind of model, and `GPT`,
+`HYBRID`, `BERT` and `T5` with what only their entry scripts check.
 """
 
-from megatron.training.config.rules import layout, loop, machine, masked_models, model, run
+from megatron.training.config.rules import causal_models, layout, loop, machine, masked_models, model, run
 from megatron.training.config.rules.base import (
     DERIVED,
     GIVEN,
@@ -15,9 +15,10 @@ from megatron.training.config.rules.base import (
     check_supported,
     ignored_flags,
 )
+from megatron.training.config.rules.causal_models import GPT, HYBRID
 from megatron.training.config.rules.masked_models import BERT, T5
 
 __all__ = [
-    "BERT", "DERIVED", "GIVEN", "ONE_STACK", "T5", "TRAINING", "check", "check_supported", "ignored_flags",
-    "layout", "loop", "machine", "masked_models", "model", "run",
+    "BERT", "DERIVED", "GIVEN", "GPT", "HYBRID", "ONE_STACK", "T5", "TRAINING", "causal_models", "check",
+    "check_supported", "ignored_flags", "layout", "loop", "machine", "masked_models", "model", "run",
 ]  # fmt: skip

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron.core.flags import Rule, rule
+from megatron.training.config.rules import causal_models
 
-BERT: list[Rule] = []
-T5: list[Rule] = []
+BERT: list[Rule] = [*causal_models.GPT]
+T5: list[Rule] = [*causal_models.GPT]
 
 
 def _for_both(
