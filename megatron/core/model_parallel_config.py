@@ -66,38 +66,32 @@ class ModelParallelConfig:
         help="Do not overlap the tensor-parallel gradient reduction with the weight-gradient product.")
     use_te_rng_tracker: bool = from_args("use_te_rng_tracker", False)
     tp_comm_overlap: bool = flag(
-        False, group="training", status="unsupported",
-        reason="it needs Transformer Engine's user buffers between CUDA devices, which no run starts yet",
-        help="Overlap tensor-parallel communication with matrix products through Transformer Engine's user buffers.")
+        False, group="training", needs="--tensor-model-parallel-size",
+        help="Move sequence-parallel activations rank by rank, while the tokens that are there are multiplied.")
     tp_comm_bulk_wgrad: bool = flag(
-        True, off="--disable-tp-comm-bulk-wgrad", group="training", status="noop",
-        reason="it details --tp-comm-overlap, which is not supported",
-        help="With --tp-comm-overlap: no bulk overlap of the reduce-scatter with the weight-gradient product.")
+        True, off="--disable-tp-comm-bulk-wgrad", group="training", needs="--tp-comm-overlap",
+        help="Do not overlap the reduce-scatter of the input's gradient with the weight-gradient product.")
     tp_comm_bulk_dgrad: bool = flag(
-        True, off="--disable-tp-comm-bulk-dgrad", group="training", status="noop",
-        reason="it details --tp-comm-overlap, which is not supported",
-        help="With --tp-comm-overlap: no bulk overlap of the all-gather with the data-gradient product.")
+        True, off="--disable-tp-comm-bulk-dgrad", group="training", needs="--tp-comm-overlap",
+        help="Do not overlap the second all-gather of the input with the data-gradient product.")
     tp_comm_overlap_ag: bool = flag(
-        True, off="--disable-tp-comm-overlap-ag", group="training", status="noop",
-        reason="it details --tp-comm-overlap, which is not supported",
-        help="With --tp-comm-overlap: do not overlap the all-gather with the product that consumes it.")
+        True, off="--disable-tp-comm-overlap-ag", group="training", needs="--tp-comm-overlap",
+        help="Do not overlap the all-gather with the product that consumes it.")
     tp_comm_overlap_rs: bool = flag(
-        True, off="--disable-tp-comm-overlap-rs", group="training", status="noop",
-        reason="it details --tp-comm-overlap, which is not supported",
-        help="With --tp-comm-overlap: do not overlap the reduce-scatter with the product that feeds it.")
+        True, off="--disable-tp-comm-overlap-rs", group="training", needs="--tp-comm-overlap",
+        help="Do not overlap the reduce-scatter with the product that feeds it.")
     tp_comm_overlap_rs_dgrad: bool = flag(
-        False, group="training", status="noop",
-        reason="it details --tp-comm-overlap, which is not supported",
-        help="With --tp-comm-overlap: overlap the reduce-scatter with the data-gradient product.")
+        False, group="training", needs="--tp-comm-overlap",
+        help="Overlap the reduce-scatter of the input's gradient with the product that feeds it.")
     tp_comm_split_ag: bool = flag(
         True, off="--disable-tp-comm-split-ag", group="training", status="noop",
         reason="Transformer Engine replaced it", instead="--disable-tp-comm-overlap-ag",
-        help="With --tp-comm-overlap: do not split the all-gather into pieces.")
+        help="Do not split the all-gather of --tp-comm-overlap into pieces.")
     tp_comm_atomic_ag: bool = from_args("tp_comm_atomic_ag", False)
     tp_comm_split_rs: bool = flag(
         True, off="--disable-tp-comm-split-rs", group="training", status="noop",
         reason="Transformer Engine replaced it", instead="--disable-tp-comm-overlap-rs",
-        help="With --tp-comm-overlap: do not split the reduce-scatter into pieces.")
+        help="Do not split the reduce-scatter of --tp-comm-overlap into pieces.")
     tp_comm_atomic_rs: bool = from_args("tp_comm_atomic_rs", False)
     cross_entropy_loss_fusion: bool = flag(
         False, group="training", help="Compute the loss and its gradient over the divided vocabulary in one pass.")

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron.core import process_groups_config
+from megatron.core.errors import ConfigError
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.topology import (  # noqa: F401  (v0.9 keeps these names here)
     EmbeddingRanks,
@@ -161,16 +162,24 @@ def destroy_model_parallel() -> None:
 
 
 def _read_nccl_settings(path: str | None) -> dict[str, dict[str, int]]:
+    """Settings by kind of group; ConfigError if the file cannot be read or holds something else."""
     if path is None:
         return {}
+    subject = f"nccl_communicator_config_path ({path})"
     try:
         import yaml  # optional: only this file format needs it
     except ImportError as error:
-        raise RuntimeError(
-            "nccl_communicator_config_path needs the package pyyaml; install it or drop the option"
-        ) from error
-    with open(path) as stream:
-        return yaml.safe_load(stream) or {}
+        raise ConfigError(subject, "reading YAML needs the package pyyaml", "pip install pyyaml") from error
+    try:
+        with open(path, encoding="utf-8") as stream:
+            settings = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(subject, f"it cannot be read ({error.strerror})", "check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(subject, f"it is not YAML ({error})", "mend the file") from error
+    if not isinstance(settings, dict) or not all(isinstance(group, dict) for group in settings.values()):
+        raise ConfigError(subject, "it does not hold settings per group", "write, say, dp: {max_ctas: 16}")
+    return settings
 
 
 def get_nccl_options(pg_name: str, nccl_comm_cfgs: dict[str, dict[str, int]]) -> Any:

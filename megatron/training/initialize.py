@@ -18,11 +18,17 @@ import torch.distributed as dist
 from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.errors import FlagError
 from megatron.training import report, watch
-from megatron.training.arguments import parse_args, validate_args, validate_for_training
+from megatron.training.arguments import (
+    core_transformer_config_from_args,
+    parse_args,
+    validate_args,
+    validate_for_training,
+)
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.config import build
 from megatron.training.context import TrainContext
 from megatron.training.global_vars import get_context, set_global_variables
+from megatron.training.yaml_arguments import read_mapping
 
 RankFunction = Callable[[list[int]], list[int]]
 
@@ -106,6 +112,18 @@ def start_distributed(
         print(f"> initialized pipeline model parallel with size {pp}", flush=True)
         print(f"> setting random seeds to {args.seed} ...", flush=True)
     set_random_seed(args.seed, args.data_parallel_random_init)
+    if args.tp_comm_overlap and args.transformer_impl == "transformer_engine":
+        _start_user_buffers(args)
+
+
+def _start_user_buffers(args: Namespace) -> None:
+    """What Transformer Engine's layers need to overlap tensor-parallel transfers; those of this project need nothing."""
+    from megatron.core.extensions.transformer_engine import start_user_buffers  # needs that package
+
+    path = args.tp_comm_overlap_cfg
+    settings = {} if path is None else read_mapping("--tp-comm-overlap-cfg", path)
+    tokens = args.seq_length * args.micro_batch_size // args.context_parallel_size
+    start_user_buffers(core_transformer_config_from_args(args), tokens, settings)
 
 
 def init_process_group(args: Namespace) -> None:

@@ -46,21 +46,27 @@ def _substitute(value: Any) -> Any:
     return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
 
 
-def load_yaml(yaml_path: str) -> SimpleNamespace:
-    """Read a YAML file into namespaces, one inside the other; FlagError if it is missing or malformed."""
+def read_mapping(flag: str, path: str) -> dict[str, Any]:
+    """The names with values of the YAML file that `flag` names; FlagError if it is missing or malformed."""
     try:
         import yaml
     except ImportError as missing:
-        raise _error("reading YAML needs the package pyyaml", "pip install pyyaml") from missing
+        raise FlagError(flag, "reading YAML needs the package pyyaml", "pip install pyyaml") from missing
     try:
-        with open(yaml_path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except OSError as reason:
-        raise _error(f"{yaml_path} cannot be read ({reason.strerror})", "check the path") from reason
-    except yaml.YAMLError as reason:
-        raise _error(f"{yaml_path} is not YAML ({reason})", "mend the file") from reason
+        raise FlagError(flag, f"{path} cannot be read ({reason.strerror})", "check the path") from reason
+    except (yaml.YAMLError, UnicodeDecodeError) as reason:
+        raise FlagError(flag, f"{path} is not YAML ({reason})", "mend the file") from reason
     if not isinstance(tree, dict):
-        raise _error(f"{yaml_path} holds no names with values", "write lines of the form name: value")
+        raise FlagError(flag, f"{path} holds no names with values", "write lines of the form name: value")
+    return tree
+
+
+def load_yaml(yaml_path: str) -> SimpleNamespace:
+    """Read a YAML file into namespaces, one inside the other; FlagError if it is missing or malformed."""
+    tree = read_mapping("--yaml-cfg", yaml_path)
     nested = {
         key: SimpleNamespace(**item) if isinstance(item, dict) else item
         for key, item in _substitute(tree).items()

@@ -46,10 +46,17 @@ def test_recorded_layout(name: str, layout: str, cut: Cut) -> None:
             assert result["norms"][key] == pytest.approx(norm, rel=1e-5, abs=1e-6), f"rank {rank}: {key}"
 
 
+#: Transfers of sequence parallelism in pieces, beside the products.
+PIECEWISE = {"tp_comm_overlap": True, "tp_comm_overlap_rs_dgrad": True}
+#: The same, but for the pieces of the input's gradient and the overlap of whole transfers.
+IN_TURN = {"tp_comm_overlap": True, "tp_comm_bulk_dgrad": False, "tp_comm_bulk_wgrad": False}
+
 LAYOUTS = [
     ("gpt", Cut(tp=2)),
     ("gpt", Cut(tp=2, sequence_parallel=True)),
     ("gpt", Cut(tp=4, sequence_parallel=True)),
+    ("gpt", Cut(tp=4, sequence_parallel=True, changes=PIECEWISE)),
+    ("gpt", Cut(tp=2, sequence_parallel=True, changes=IN_TURN)),
     ("vpp", Cut(pp=4)),
     ("vpp", Cut(pp=2, vpp=2)),
     ("vpp", Cut(pp=2, changes={"first_pipeline_num_layers": 1})),
@@ -61,15 +68,18 @@ LAYOUTS = [
     ("gpt", Cut(cp=2)),
     ("llama", Cut(cp=2)),
     ("llama", Cut(tp=2, cp=2, sequence_parallel=True)),
+    ("llama", Cut(tp=2, cp=2, sequence_parallel=True, changes=PIECEWISE)),
     ("moe", Cut(ep=2)),
     ("moe", Cut(ep=2, changes={"moe_token_dispatcher_type": "alltoall"})),
     ("moe", Cut(tp=2, sequence_parallel=True)),
+    ("moe", Cut(tp=2, sequence_parallel=True, changes=PIECEWISE)),
     ("moe", Cut(tp=2, ep=2, sequence_parallel=True)),
     ("moe", Cut(tp=2, ep=2, sequence_parallel=True, changes={"moe_token_dispatcher_type": "alltoall"})),
     ("moe", Cut(pp=2, ep=2)),
     ("bert", Cut(tp=2, sequence_parallel=True)),
     ("bert", Cut(pp=2)),
     ("t5", Cut(tp=2, sequence_parallel=True)),
+    ("t5", Cut(tp=2, sequence_parallel=True, changes=PIECEWISE)),
     ("t5", Cut(encoder_pp=1)),
 ]
 

@@ -54,10 +54,14 @@ def _gather_shards(shard: Tensor, dim: int) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
-def _model(dtype: torch.dtype, sequence_parallel: bool, fused: bool, skip_bias_add: bool) -> dict[str, float]:
+def _model(
+    dtype: torch.dtype, sequence_parallel: bool, fused: bool, skip_bias_add: bool, **fields: Any
+) -> dict[str, float]:
     """ids -> embedding -> column -> gelu -> row -> logits -> loss, and every gradient, against plain torch."""
     tp, rank = _start()
-    config = _config(tp, dtype, sequence_parallel=sequence_parallel, gradient_accumulation_fusion=fused)
+    config = _config(
+        tp, dtype, sequence_parallel=sequence_parallel, gradient_accumulation_fusion=fused, **fields
+    )
     torch.manual_seed(1)
     embedding = VocabParallelEmbedding(
         V, H, init_method=_init, config=config, reduce_scatter_embeddings=sequence_parallel
@@ -138,6 +142,16 @@ def test_small_model(
         sequence_parallel = False
     for errors in run_gang(tp, _model, dtype, sequence_parallel, fused, skip_bias_add):
         bound = TOLERANCE[dtype] * (5 if fused else 1)  # main_grad started at 3
+        assert all(error < bound for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("dgrad", [False, True], ids=["", "rs_dgrad"])
+@pytest.mark.parametrize(("fused", "skip_bias_add"), [(False, False), (True, True)], ids=["", "fused"])
+def test_transfers_piece_by_piece(tp: int, dgrad: bool, fused: bool, skip_bias_add: bool) -> None:
+    fields = {"tp_comm_overlap": True, "tp_comm_overlap_rs_dgrad": dgrad, "tp_comm_bulk_dgrad": not dgrad}
+    for errors in run_gang(tp, _model, torch.float64, True, fused, skip_bias_add, **fields):
+        bound = TOLERANCE[torch.float64] * (5 if fused else 1)  # main_grad started at 3
         assert all(error < bound for error in errors.values()), errors
 
 

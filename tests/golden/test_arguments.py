@@ -33,7 +33,6 @@ DIFFERENCES = {
         "v0.9 prints advice and exits with status 0, as if it had trained",
     ),
     ("any", "legacy_torch"): ("error", "there is no second model stack"),
-    ("any", "tp_comm_overlap_sp"): ("error", "Transformer Engine's user buffers are not started"),
     ("cpu", "no_env"): ("ok", "CUDA_DEVICE_MAX_CONNECTIONS orders CUDA streams; there are none"),
     ("cpu", "env_wrong"): ("ok", "CUDA_DEVICE_MAX_CONNECTIONS orders CUDA streams; there are none"),
     ("cpu", "sp_tp2_no_env"): ("ok", "CUDA_DEVICE_MAX_CONNECTIONS orders CUDA streams; there are none"),

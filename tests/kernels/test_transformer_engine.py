@@ -85,6 +85,45 @@ def test_linears_say_how_they_are_divided_and_return_output_and_bias(wrappers: A
     assert fused.options["normalization"] == "LayerNorm" and fused.options["eps"] == 1e-5
 
 
+def test_layers_are_told_what_to_overlap(wrappers: Any) -> None:
+    """The names of TransformerEngine's arguments are those of its documentation; experts take no part."""
+    overlapping = config(
+        tensor_model_parallel_size=2, sequence_parallel=True, tp_comm_overlap=True,
+        tp_comm_overlap_rs=False, tp_comm_bulk_wgrad=False, tp_comm_overlap_disable_qkv=True,
+    )  # fmt: skip
+
+    def told(kind: str, name: str, **fields: Any) -> dict[str, Any]:
+        layer = linear(wrappers, kind, config=overlapping, tp_comm_buffer_name=name, **fields)
+        return {key: value for key, value in layer.options.items() if key.startswith("ub_")}
+
+    assert told("TERowParallelLinear", "proj", input_is_parallel=True) == {
+        "ub_name": "proj", "ub_overlap_ag": True, "ub_overlap_rs": False,
+    }  # fmt: skip
+    bulk = {"ub_overlap_rs_dgrad": False, "ub_bulk_dgrad": True, "ub_bulk_wgrad": False}
+    for name, gathers in (("qkv", False), ("fc1", True)):
+        fused = told("TELayerNormColumnParallelLinear", name, gather_output=False)
+        assert fused == {"ub_name": name, "ub_overlap_ag": gathers, **bulk}
+    assert told("TEColumnParallelLinear", "fc1", gather_output=False, is_expert=True) == {}
+    assert "ub_name" not in linear(wrappers, "TEColumnParallelLinear", gather_output=False).options
+
+
+def test_buffers_are_started_for_the_tokens_of_a_pass(wrappers: Any) -> None:
+    started: list[dict[str, Any]] = []
+
+    def initialize_ub(shape: Any, tp_size: Any, use_fp8: Any, ub_cfgs: Any, bootstrap_backend: Any) -> None:
+        started.append(locals() | {"started": None})
+
+    te = sys.modules["transformer_engine"]
+    te.pytorch.module = types.SimpleNamespace(base=types.SimpleNamespace(initialize_ub=initialize_ub))
+    wrappers.start_user_buffers(
+        config(tensor_model_parallel_size=2), 48, {"qkv_fprop": {"method": "ring_exchange"}}
+    )
+    (call,) = started
+    assert (call["shape"], call["tp_size"], call["use_fp8"]) == ([48, 32], 2, False)
+    assert call["ub_cfgs"] == {"qkv_fprop": {"method": "ring_exchange"}}
+    assert call["bootstrap_backend"] == "nccl"
+
+
 def test_fp8_weights_are_refreshed_in_the_first_microbatch_only(wrappers: Any) -> None:
     column = linear(wrappers, "TEColumnParallelLinear", gather_output=False)
     column(torch.ones(1, 1, 32))

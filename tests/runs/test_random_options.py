@@ -40,6 +40,7 @@ OPTIONS = (
     "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "--recompute-activations",
     "--overlap-grad-reduce", "--overlap-param-gather", "--overlap-param-gather-with-optimizer-step",
     "--distribute-saved-activations", "--defer-embedding-wgrad-compute", "--num-layers-per-virtual-pipeline-stage 1",
+    "--tp-comm-overlap", "--tp-comm-overlap --tp-comm-overlap-rs-dgrad --disable-tp-comm-bulk-dgrad", "--log-straggler",
     "--standalone-embedding-stage", "--encoder-pipeline-model-parallel-size 1", "--use-tp-pp-dp-mapping",
     # precision and optimizer
     "--bf16", "--fp16", "--fp8-format hybrid", "--optimizer sgd", "--clip-grad 0", "--decoupled-lr 1e-3",

@@ -21,12 +21,13 @@ from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accum
 from megatron.core.kernels import registry
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import placement
+from megatron.core.tensor_parallel import overlap, placement
 from megatron.core.tensor_parallel.fp8_linear import fp8_linear
 from megatron.core.tensor_parallel.linear import (  # noqa: F401  (v0.9 keeps these names here)
     Accumulate,
     LinearWithFrozenWeight,
     LinearWithGradAccumulationAndAsyncCommunication,
+    linear_scattered_to_sequence_parallel_region,
     linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
 )
@@ -340,7 +341,7 @@ class ColumnParallelLinear(_ParallelLinear):
     skip_weight_param_allocation: the weight is passed to `forward` (tied embeddings).
     keep_master_weight_for_test: keep the full matrix as `master_weight`.
     embedding_activation_buffer, grad_output_buffer: where `defer_embedding_wgrad_compute` collects.
-    is_expert: a layer of an expert. tp_comm_buffer_name: Transformer Engine's name of its buffer, unused here.
+    is_expert: a layer of an expert. tp_comm_buffer_name: what settings of --tp-comm-overlap call this layer.
     disable_grad_reduce: leave the sum of the input's gradient to the caller.
     """
 
@@ -401,6 +402,7 @@ class ColumnParallelLinear(_ParallelLinear):
         self.allreduce_dgrad = tp_size > 1 and not self.sequence_parallel and not disable_grad_reduce
         if self.sequence_parallel and gather_output:
             raise RuntimeError("ColumnParallelLinear: gather_output and sequence_parallel exclude each other")
+        self._overlap = overlap.choose(config, tp_comm_buffer_name)
         self._accumulate = _fused_accumulation(config, self.weight)
         if self.weight is not None:
             self._fp8 = fp8.choose(config, input_size, self.output_size_per_partition)
@@ -451,6 +453,7 @@ class ColumnParallelLinear(_ParallelLinear):
                 wgrad_deferral_limit=self.config.wgrad_deferral_limit if self._defers else 0,
                 group=group,
                 accumulate=self._accumulate,
+                overlap=self._overlap,
             )
         else:
             output = linear_with_frozen_weight(
@@ -525,6 +528,7 @@ class RowParallelLinear(_ParallelLinear):
             self.bias.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         else:
             self.register_parameter("bias", None)
+        self._overlap = overlap.choose(config, tp_comm_buffer_name)
         self._accumulate = _fused_accumulation(config, self.weight)
         self._fp8 = fp8.choose(config, self.input_size_per_partition, output_size)
 
@@ -539,32 +543,36 @@ class RowParallelLinear(_ParallelLinear):
         # The bias is added after the sum over ranks; where there is nothing to sum the product can add it.
         adds_bias = self.bias is not None and not self.skip_bias_add
         fused_bias = self.bias if adds_bias and self.partitions == 1 else None
-        if self._fp8 is not None:
-            output = self._product_in_fp8(input_, fused_bias)
-        elif self.weight.requires_grad:
-            output = linear_with_grad_accumulation_and_async_allreduce(
-                input_,
-                self.weight,
-                fused_bias,
-                self.gradient_accumulation_fusion,
-                False,
-                False,
-                group=group,
-                accumulate=self._accumulate,
+        scatters = self._overlap.scatters and self.sequence_parallel and not self.explicit_expert_comm
+        if scatters and self._fp8 is None and self.weight.requires_grad:
+            assert group is not None, "sequence parallelism has a tensor-parallel group"
+            output = linear_scattered_to_sequence_parallel_region(
+                input_, self.weight, self.gradient_accumulation_fusion, group, self._accumulate
             )
         else:
-            output = linear_with_frozen_weight(
-                input_, self.weight, fused_bias, self.gradient_accumulation_fusion, False, False, group=group
-            )
-        if self.explicit_expert_comm:
-            assert self.skip_bias_add, "the dispatcher sums expert outputs, so the bias must be left to it"
-        elif self.sequence_parallel:
-            output = reduce_scatter_to_sequence_parallel_region(output, group=group)
-        else:
-            output = reduce_from_tensor_model_parallel_region(output, group=group)
+            output = self._product(input_, fused_bias)
+            if self.explicit_expert_comm:
+                assert self.skip_bias_add, (
+                    "the dispatcher sums expert outputs, so the bias must be left to it"
+                )
+            elif self.sequence_parallel:
+                output = reduce_scatter_to_sequence_parallel_region(output, group=group)
+            else:
+                output = reduce_from_tensor_model_parallel_region(output, group=group)
         if adds_bias and fused_bias is None:
             output = output + self.bias
         return output, self.bias if self.skip_bias_add else None
+
+    def _product(self, input_: Tensor, bias: Tensor | None) -> Tensor:
+        """This rank's part of the sum: [s, b, in/tp] -> [s, b, out]."""
+        if self._fp8 is not None:
+            return self._product_in_fp8(input_, bias)
+        group, fuses = self.pg_collection.tp, self.gradient_accumulation_fusion
+        if not self.weight.requires_grad:
+            return linear_with_frozen_weight(input_, self.weight, bias, fuses, False, False, group=group)
+        return linear_with_grad_accumulation_and_async_allreduce(
+            input_, self.weight, bias, fuses, False, False, group=group, accumulate=self._accumulate
+        )
 
 
 def update_fp8_scales(model: Sequence[torch.nn.Module], config: TransformerConfig) -> None:

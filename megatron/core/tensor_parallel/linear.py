@@ -5,7 +5,8 @@ of the parameter run all the same) and `grad_added_to_main_grad` tells the data-
 
 Backward of y = x W^T needs dx = dy W and dW = dy^T x. Tensor parallelism must sum dx over the ranks, sequence
 parallelism must gather x again and reduce-scatter dx. Both transfers overlap with the GEMM that does not need their
-result. (On the accelerator that takes CUDA_DEVICE_MAX_CONNECTIONS=1, so that the transfer is queued first.)
+result. (On the accelerator that takes CUDA_DEVICE_MAX_CONNECTIONS=1, so that the transfer is queued first.) How the GEMM
+that does need it can overlap as well is in `overlap.py`.
 """
 
 from __future__ import annotations
@@ -25,9 +26,8 @@ from megatron.core.collectives import all_gather_single, reduce_scatter_single
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
 from megatron.core.fusions.linear import linear, uses_onednn
 from megatron.core.process_groups_config import group_size
-from megatron.core.tensor_parallel.mappings import (
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.overlap import BULK, Overlap, gather_and_multiply, multiply_and_scatter
 
 #: (input [t, i], grad_output [t, o], main_grad [o, i]): main_grad += grad_output^T input.
 Accumulate = Callable[[Tensor, Tensor, Tensor], None]
@@ -99,12 +99,12 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         wgrad_deferral_limit: int | None,
         group: ProcessGroup | None = None,
         accumulate: Accumulate | None = None,
+        overlap: Overlap = BULK,
     ) -> Tensor:
         """input [s, b, i] ([s/tp, b, i] with sequence_parallel), weight [o, i], bias [o] -> [s, b, o]."""
         group = _tensor_parallel_group(group)
         ctx.save_for_backward(input, weight)
-        ctx.has_bias = bias is not None
-        ctx.group = group
+        ctx.has_bias, ctx.group, ctx.overlap = bias is not None, group, overlap
         ctx.gathers = sequence_parallel and group_size(group) > 1
         ctx.reduces = allreduce_dgrad and group_size(group) > 1
         ctx.accumulate = None
@@ -114,6 +114,8 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         ctx.wgrad_deferral_limit = wgrad_deferral_limit or 0
         if ctx.gathers:
             assert group is not None, "gathering needs a group"
+            if overlap.gathers:
+                return gather_and_multiply(input, weight, bias, group)[1]
             input, work = _gather_start(input, group)
             work.wait()
         return linear(input, weight, bias)
@@ -124,34 +126,91 @@ class LinearWithGradAccumulationAndAsyncCommunication(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         deferred = _defer(ctx, grad_output)
         wants_weight = ctx.needs_input_grad[1] and not deferred
+        overlap: Overlap = ctx.overlap
 
         gathered, gathering = input, None
         if ctx.gathers and wants_weight:
             gathered, gathering = _gather_start(input, ctx.group)
-        grad_input = linear(grad_output, weight.t())
+            if not overlap.bulk_dgrad:
+                gathering.wait()
+        piecewise = ctx.gathers and overlap.scatters_dgrad
+        if piecewise:
+            grad_input = multiply_and_scatter(grad_output, weight.t(), ctx.group)
+        else:
+            grad_input = linear(grad_output, weight.t())
         if gathering is not None:
             gathering.wait()
 
         sending = None
         if ctx.reduces:
             sending = dist.all_reduce(grad_input, group=ctx.group, async_op=True)
-        elif ctx.gathers:
+        elif ctx.gathers and not piecewise:
             partial, grad_input = grad_input, torch.empty_like(input)
             sending = reduce_scatter_single(grad_input, partial, group=ctx.group, async_op=True)
+            if not overlap.bulk_wgrad:
+                sending.wait()
 
         grad_weight = grad_bias = None
         if wants_weight:
-            flat_grad, flat_input = prepare_input_tensors_for_wgrad_compute(grad_output, gathered)
-            if ctx.accumulate is not None:
-                ctx.accumulate(flat_input, flat_grad, weight.main_grad)
-                weight.grad_added_to_main_grad = True
-            else:
-                grad_weight = flat_grad.t().matmul(flat_input)
+            grad_weight = _weight_gradient(grad_output, gathered, weight, ctx.accumulate)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(dim=0)
         if sending is not None:
             sending.wait()
-        return (grad_input, grad_weight, grad_bias, *[None] * 7)
+        return (grad_input, grad_weight, grad_bias, *[None] * 8)
+
+
+def _weight_gradient(
+    grad_output: Tensor, input: Tensor, weight: Tensor, accumulate: Accumulate | None
+) -> Tensor | None:
+    """grad_output [s, b, o]^T input [s, b, i]: returned, or added into the weight's main_grad."""
+    flat_grad, flat_input = prepare_input_tensors_for_wgrad_compute(grad_output, input)
+    if accumulate is None:
+        return flat_grad.t().matmul(flat_input)
+    accumulate(flat_input, flat_grad, weight.main_grad)  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return None
+
+
+class _LinearScattered(torch.autograd.Function):
+    """The product of a row-parallel layer, summed and scattered piece by piece; its gradient is gathered likewise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, group: ProcessGroup, accumulate: Accumulate | None
+    ) -> Tensor:
+        """input [s, b, i/tp], weight [o, i/tp] -> [s/tp, b, o]."""
+        ctx.save_for_backward(input, weight)
+        ctx.group, ctx.accumulate = group, accumulate
+        return multiply_and_scatter(input, weight, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """grad_output [s/tp, b, o] -> gradients of input and weight (or into main_grad)."""
+        input, weight = ctx.saved_tensors
+        whole, grad_input = gather_and_multiply(grad_output, weight.t(), None, ctx.group)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_gradient(whole, input, weight, ctx.accumulate)
+        return grad_input, grad_weight, None, None
+
+
+def linear_scattered_to_sequence_parallel_region(
+    input: Tensor,
+    weight: Tensor,
+    gradient_accumulation_fusion: bool,
+    group: ProcessGroup,
+    accumulate: Accumulate | None = None,
+) -> Tensor:
+    """input x weight^T, summed over the group, this rank's tokens of it: [s, b, i/tp] x [o, i/tp] -> [s/tp, b, o].
+
+    The transfers overlap with the product. All ranks of the group must call, here and in the backward pass.
+    """
+    if not (gradient_accumulation_fusion and hasattr(weight, "main_grad")):
+        accumulate = None
+    elif accumulate is None:
+        accumulate = choose_wgrad_accumulation(input.device.type, input.dtype)
+    return _LinearScattered.apply(input, weight, group, accumulate)
 
 
 def _defer(ctx: Any, grad_output: Tensor) -> bool:
@@ -199,6 +258,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
     wgrad_deferral_limit: int | None = 0,
     group: ProcessGroup | None = None,
     accumulate: Accumulate | None = None,
+    overlap: Overlap = BULK,
 ) -> Tensor:
     """input x weight^T + bias: [s, b, i] ([s/tp, b, i] with sequence_parallel) x [o, i] -> [s, b, o].
 
@@ -206,7 +266,8 @@ def linear_with_grad_accumulation_and_async_allreduce(
     sequence_parallel: gather the input's tokens first, reduce-scatter its gradient.
     allreduce_dgrad: sum the input's gradient over the group (not together with sequence_parallel).
     grad_output_buffer, wgrad_deferral_limit: collect up to so many (0 = all) output gradients and leave the weight
-    gradient to `drain_embedding_wgrad_compute`. accumulate: the fused function, chosen here if None.
+    gradient to `drain_embedding_wgrad_compute`. accumulate: the fused function, chosen here if None. overlap: how
+    sequence parallelism's transfers run beside the products.
     """
     if async_grad_allreduce is not None:
         warnings.warn("async_grad_allreduce is not used any more; allreduce_dgrad decides", stacklevel=2)
@@ -230,6 +291,7 @@ def linear_with_grad_accumulation_and_async_allreduce(
         wgrad_deferral_limit,
         group,
         accumulate,
+        overlap,
     )
 
 

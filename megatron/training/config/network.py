@@ -102,6 +102,6 @@ class TransformerEngineConfig:
         "transformer_engine", parse=None, choices=("local", "transformer_engine"), group="Transformer-Engine",
         help="Layers of this project (local) or of Transformer Engine; where that is missing the default means local.")
     tp_comm_overlap_cfg: str | None = flag(
-        None, group="training", status="noop", reason="it details --tp-comm-overlap, which is not supported",
-        help="With --tp-comm-overlap: YAML file with settings per overlapped product.")
+        None, group="training", status="gpu", needs=("--tp-comm-overlap", "--transformer-impl transformer_engine"),
+        help="YAML file with settings of Transformer Engine's buffers per overlapped product.")
     # fmt: on

@@ -14,6 +14,7 @@ from megatron.core.extensions.transformer_engine.state import (
     TEDelayedScaling,
     te_checkpoint,
 )
+from megatron.core.extensions.transformer_engine.user_buffers import start_user_buffers
 
 __all__ = [
     "TEColumnParallelLinear",
@@ -25,5 +26,6 @@ __all__ = [
     "TENorm",
     "TERowParallelLinear",
     "condition_init_method",
+    "start_user_buffers",
     "te_checkpoint",
 ]

@@ -10,6 +10,8 @@ import transformer_engine as te
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.extensions.transformer_engine.user_buffers import linear_options, norm_linear_options
+from megatron.core.tensor_parallel import overlap
 from megatron.core.tensor_parallel.placement import make_sharded_tensors_for_checkpoint
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -27,10 +29,10 @@ def condition_init_method(config: TransformerConfig, init_method: InitMethod) ->
     return init_method if config.perform_initialization else lambda weight: None
 
 
-def _shared_options(config: TransformerConfig, expert: bool, buffer_name: str | None) -> dict[str, Any]:
+def _shared_options(config: TransformerConfig, expert: bool) -> dict[str, Any]:
     """Constructor arguments that every TE linear gets from the configuration."""
     group = None if expert else parallel_state.get_tensor_model_parallel_group(check_initialized=False)
-    options: dict[str, Any] = {
+    return {
         "sequence_parallel": config.sequence_parallel,
         "fuse_wgrad_accumulation": config.gradient_accumulation_fusion,
         "tp_group": group,
@@ -39,11 +41,15 @@ def _shared_options(config: TransformerConfig, expert: bool, buffer_name: str | 
         "params_dtype": config.params_dtype,
         "device": "cpu" if config.use_cpu_initialization else torch.cuda.current_device(),
     }
-    if config.tp_comm_overlap and buffer_name is not None:
-        options["ub_name"] = buffer_name
-        options["ub_overlap_ag"] = config.tp_comm_overlap_ag
-        options["ub_overlap_rs"] = config.tp_comm_overlap_rs
-    return options
+
+
+def _overlap_options(
+    config: TransformerConfig, name: str | None, spell: Callable[[overlap.Overlap, str], dict[str, Any]]
+) -> dict[str, Any]:
+    """Constructor arguments about the overlap of transfers and products, for a layer that takes part in it."""
+    if not config.tp_comm_overlap or name is None:
+        return {}
+    return spell(overlap.choose(config, name), name)
 
 
 class _Linear(te.pytorch.Linear):
@@ -95,7 +101,8 @@ class TELinear(_Linear):
             return_bias=skip_bias_add and bias,
             parallel_mode=None if is_expert else parallel_mode,
             init_method=condition_init_method(config, init_method),
-            **_shared_options(config, is_expert, tp_comm_buffer_name),
+            **_shared_options(config, is_expert),
+            **_overlap_options(config, None if is_expert else tp_comm_buffer_name, linear_options),
         )
         self._remember(bias, skip_bias_add, config)
         for parameter in self.parameters():
@@ -220,7 +227,8 @@ class TELayerNormColumnParallelLinear(te.pytorch.LayerNormLinear):
             parallel_mode="column",
             return_layernorm_output=False,
             init_method=condition_init_method(config, init_method),
-            **_shared_options(config, False, tp_comm_buffer_name),
+            **_shared_options(config, False),
+            **_overlap_options(config, tp_comm_buffer_name, norm_linear_options),
         )
         self.config = config
         self.te_return_bias = skip_bias_add and bias

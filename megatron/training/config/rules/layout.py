@@ -119,6 +119,12 @@ def sequence_divides(args: Any) -> bool:
     return not args.sequence_parallel or args.seq_length % ranks == 0
 
 
+@rule(GIVEN, "--tp-comm-overlap", "--sequence-parallel", bad="--tp-comm-overlap",
+      why="the transfers it overlaps are those of sequence parallelism", fix="add --sequence-parallel")
+def overlap_has_transfers(args: Any) -> bool:
+    return not args.tp_comm_overlap or args.sequence_parallel
+
+
 @rule(GIVEN, "--use-tp-pp-dp-mapping", "--context-parallel-size", "--expert-model-parallel-size",
       bad="--use-tp-pp-dp-mapping --context-parallel-size 2",
       why="this order of ranks has no place for context or expert parallelism", fix="drop --use-tp-pp-dp-mapping")
