@@ -22,6 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.tokenizer.null import _NullTokenizer
 from tests.gang.harness import run_gang
 from tests.gang.model_runs import piece_of
 
@@ -120,6 +121,45 @@ def test_layouts_agree(
         for prompt, (tokens, log_probs, text) in completions.items():
             assert (tokens, text) == (expected[prompt][0], expected[prompt][2])
             assert log_probs == pytest.approx(expected[prompt][1], abs=1e-4)
+
+
+def everything_asked_for(weights: dict[str, Tensor]) -> list[Any]:
+    """Body: the prompts, greedily and at once, with all that can be asked for; and the same from whole passes."""
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(3)
+    model = build(1, 1)
+    model.load_state_dict(weights, strict=False)
+    wrapped = GPTInferenceWrapper(model, InferenceWrapperConfig(16, torch.float32, 1000, VOCAB))
+    tokenizer = _NullTokenizer(VOCAB - 1)
+    engine = MCoreEngine(SimpleTextGenerationController(wrapped, tokenizer), max_batch_size=len(PROMPTS))
+    params = CommonInferenceParams(
+        top_k=1, return_log_probs=True, num_tokens_to_generate=NEW, return_segments=True, top_n_logprobs=3
+    )
+    results = []
+    for request in engine.generate(PROMPTS, params):
+        tokens = [*request.prompt_tokens, *request.generated_tokens.tolist()]
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)[0]
+        results.append((request, tokens, logits.log_softmax(-1)))
+    return results
+
+
+def test_segments_and_the_most_probable_tokens(alone: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    for request, tokens, expected in run_gang(1, everything_asked_for, alone[0])[0]:
+        assert "".join(request.segments) == " ".join(map(str, tokens)) and len(request.segments) == len(
+            tokens
+        )
+        given = len(request.prompt_tokens)
+        own = request.prompt_log_probs + request.generated_log_probs
+        assert own == pytest.approx(
+            [expected[i, tokens[i + 1]].item() for i in range(len(tokens) - 1)], abs=1e-5
+        )
+        assert len(request.prompt_log_probs) == given - 1
+        assert len(request.generated_top_n_logprobs) == request.generated_length
+        for step, best in enumerate(request.generated_top_n_logprobs):
+            values, ids = expected[given - 1 + step].topk(3)
+            assert list(best) == [str(token) for token in ids.tolist()]
+            assert list(best.values()) == pytest.approx(values.tolist(), abs=1e-5)
 
 
 def test_rows_end_at_the_end_of_a_document() -> None:

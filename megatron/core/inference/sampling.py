@@ -83,3 +83,14 @@ def log_probs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     The padding of the vocabulary takes part in the softmax, as it does in training.
     """
     return logits.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2)
+
+
+def top_log_probs(logits: Tensor, count: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The most probable tokens under logits [..., v]: their log-probabilities and ids, each [..., count], in that order.
+
+    InvariantError for more than the vocabulary has.
+    """
+    if count > min(vocab_size, logits.size(-1)):
+        raise InvariantError("top_n_logprobs", f"{count} is more than the vocabulary's {vocab_size}")
+    best = without_padding(logits.log_softmax(-1), vocab_size).topk(count)
+    return best.values, best.indices

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,22 @@ from megatron.core.inference.inference_request import InferenceRequest, Status
 from megatron.core.inference.model_inference_wrappers.abstract_model_inference_wrapper import (
     AbstractModelInferenceWrapper,
 )
-from megatron.core.inference.sampling import log_probs_of, sample
+from megatron.core.inference.sampling import log_probs_of, sample, top_log_probs
 
 Requests = OrderedDict[Any, InferenceRequest]
+
+
+@dataclass
+class _Decoded:
+    """What a batch came to beside its tokens [b, s]: how many are new [b], and what was asked for besides.
+
+    fp32 log-probabilities [b, s - 1] of all tokens after the first; log-probabilities and ids [b, s, n] of the tokens that
+    were most probable in each column.
+    """
+
+    generated: Tensor
+    log_probs: Tensor | None
+    top: tuple[Tensor, Tensor] | None
 
 
 class SimpleTextGenerationController:
@@ -92,31 +106,45 @@ class SimpleTextGenerationController:
         prompts = [request.prompt_tokens for request in requests]
         tokens = self.pad_input_prompt_tokens(prompts, max(map(len, prompts)), wanted.num_tokens_to_generate)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-        generated, log_probs = self._decode(tokens, lengths, wanted)
+        decoded = self._decode(tokens, lengths, wanted)
         for row, request in enumerate(requests):
-            begin, count = len(request.prompt_tokens), int(generated[row])
+            begin, count = len(request.prompt_tokens), int(decoded.generated[row])
             request.generated_length = count
             request.generated_tokens = tokens[row, begin : begin + count]
             request.generated_text = self.detokenize_generations(request.generated_tokens)
-            if log_probs is not None:
+            if decoded.log_probs is not None:
                 # Entry i is the probability of token i + 1.
-                request.generated_log_probs = log_probs[row, begin - 1 : begin - 1 + count].tolist()
+                known = decoded.log_probs[row, : begin - 1 + count].tolist()
+                request.prompt_log_probs, request.generated_log_probs = known[: begin - 1], known[begin - 1 :]
+            if wanted.return_segments:
+                request.segments = self._segments(tokens[row, : begin + count].tolist())
+            if decoded.top is not None:
+                steps = zip(*(each[row, begin : begin + count].tolist() for each in decoded.top))
+                request.generated_top_n_logprobs = [
+                    {self.tokenizer.detokenize([token]): value for value, token in zip(*step)}
+                    for step in steps
+                ]
             request.status = Status.COMPLETED
         return active_requests
 
-    @torch.no_grad()
-    def _decode(
-        self, tokens: Tensor, lengths: Tensor, wanted: CommonInferenceParams
-    ) -> tuple[Tensor, Tensor | None]:
-        """Fill `tokens` [b, s] behind prompts of these lengths [b].
+    def _segments(self, tokens: list[int]) -> list[str]:
+        """The text of tokens, cut where each of them begins."""
+        text = self.tokenizer.detokenize(tokens)
+        begins = self.tokenizer.offsets(tokens, text)
+        return [text[begin:end] for begin, end in zip(begins, [*begins[1:], len(text)])]
 
-        Returns the number of new tokens per row [b], and, if wanted, fp32 log-probabilities [b, s - 1].
-        """
+    @torch.no_grad()
+    def _decode(self, tokens: Tensor, lengths: Tensor, wanted: CommonInferenceParams) -> _Decoded:
+        """Fill `tokens` [b, s] behind prompts of these lengths [b]."""
         model = self.inference_wrapped_model
         model.prep_model_for_inference(prompts_tokens=tokens)
         done = torch.zeros_like(lengths, dtype=torch.bool)
         generated = torch.zeros_like(lengths)
         log_probs = torch.zeros(tokens.size(0), tokens.size(1) - 1) if wanted.return_log_probs else None
+        top = None
+        if wanted.top_n_logprobs > 0:
+            shape = (*tokens.shape, wanted.top_n_logprobs)
+            top = torch.zeros(shape), torch.zeros(shape, dtype=torch.long)
         start = 0
         for end in range(int(lengths.min()), tokens.size(1)):
             inputs = model.get_batch_for_context_window(start, end)
@@ -126,13 +154,16 @@ class SimpleTextGenerationController:
             tokens[started, end] = chosen[started]
             if log_probs is not None:
                 log_probs[:, start:end] = log_probs_of(logits, tokens[:, start + 1 : end + 1]).cpu()
+            if top is not None:
+                best = top_log_probs(logits[:, -1], wanted.top_n_logprobs, self.tokenizer.vocab_size)
+                top[0][:, end], top[1][:, end] = best[0].cpu(), best[1].cpu()
             start = end
             done, generated = self.update_generation_status(tokens, started, end, done, generated)
             # Shorter prompts have more room than they were given tokens.
             done |= generated >= wanted.num_tokens_to_generate
             if done.all():
                 break
-        return generated, log_probs
+        return _Decoded(generated, log_probs, top)
 
     def _everywhere(
         self, logits: Tensor | None, rows: int, positions: int, wanted: CommonInferenceParams
