@@ -1,1 +1,4 @@
-"""Downstream tasks: zero-shot evaluation of GPT, finetuning of BERT. Start with `python tasks/main.py --task NAME ...`."""
+"""Downstream tasks: zero-shot evaluation of GPT, finetuning of BERT, dialogue prompting.
+
+Start with `python tasks/main.py --task NAME ...`, or `python tasks/msdp/main.py`.
+"""
