@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.inference import text_generation_server as server
 from megatron.inference.arguments import GENERATION, SERVING, add_server_arguments
 from megatron.inference.start import load_model, start
+from megatron.inference.turns import follow
 from megatron.training.cli import run_main
 from megatron.training.utils import print_rank_0
 from pretrain_gpt import model_provider
@@ -35,7 +36,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         server.MegatronServer(model, strict_http_status=args.strict_http_status).run("0.0.0.0", args.port)
     else:
-        server.follow(model)
+        follow(model)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,16 @@ NOT_JSON = {"message": "the answer is not JSON"}
 
 def put(url: str, request: dict[str, Any]) -> tuple[int, Any]:
     """Status and decoded body of the answer to a request; OSError if there is none."""
+    return send(url, request, "PUT")
+
+
+def send(url: str, request: dict[str, Any], method: str) -> tuple[int, Any]:
+    """The same with any method."""
     message = urllib.request.Request(
         url,
         data=json.dumps(request).encode(),
         headers={"Content-Type": "application/json; charset=UTF-8"},
-        method="PUT",
+        method=method,
     )
     try:
         with urllib.request.urlopen(message) as answer:

@@ -1,4 +1,4 @@
-"""A model behind HTTP: `PUT /api` on global rank 0, while the other ranks wait for work (spec: inference, 12 to 14).
+"""A model behind HTTP: `PUT /api` and `POST /completions` on global rank 0 (spec: inference, sections 13, 14 and 18).
 
 Flask parses and answers the requests; it is the optional extra `serve`, imported where it is used.
 """
@@ -13,69 +13,31 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from megatron.core import device
 from megatron.core.errors import FlagError
+from megatron.inference.completions import MegatronCompletions
 from megatron.inference.rest_request import RequestError, RestRequest
 from megatron.inference.text_generation import beam_search_and_post_process, generate_and_post_process
+from megatron.inference.turns import Closed, Task, Turns, announce
 
-#: Requests are long at most; anything longer is refused before it is read into memory.
+#: Longer requests are refused before they are read into memory.
 MAX_BODY_BYTES = 64 * 2**20
-#: The other ranks hear from the server at least this often: backends end a rank that waits for minutes.
+#: Backends end a rank that waits for minutes without a word.
 _KEEP_AWAKE_SECONDS = 15.0
-
-#: One request at a time.
-lock = threading.Lock()
-
-
-class Task(IntEnum):
-    """What the ranks are to do next; the first two numbers are v0.9's."""
-
-    GENERATE = 0
-    BEAM = 1
-    NOTHING = 2
-    END = 3
-
-
-def announce(task: Task) -> None:
-    """Tell the ranks that `follow` what to do; called by global rank 0."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast(torch.tensor(task, dtype=torch.long, device=device.current()), 0)
-
-
-def follow(model: torch.nn.Module) -> None:
-    """Take part in what global rank 0 announces until it ends. Its signals are for rank 0 to heed."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
-    task = torch.zeros((), dtype=torch.long, device=device.current())
-    while True:
-        dist.broadcast(task, 0)
-        if task == Task.END:
-            return
-        call = {Task.GENERATE: generate_and_post_process, Task.BEAM: beam_search_and_post_process}.get(
-            Task(int(task))
-        )
-        try:
-            if call is not None:
-                call(model)  # type: ignore[operator]
-        except ValueError:
-            continue  # every rank refuses such a request, and rank 0 answers it
 
 
 class MegatronGenerate:
     """Answers the requests for one model."""
 
-    def __init__(self, model: torch.nn.Module, *, strict_http_status: bool = False) -> None:
+    def __init__(
+        self, model: torch.nn.Module, turns: Turns | None = None, *, strict_http_status: bool = False
+    ) -> None:
         self.model = model
+        self.turns = turns or Turns()
         self.strict_http_status = strict_http_status
-        #: Set once the server no longer answers: by its end, or by a failure that left the ranks out of step.
-        self.closed = threading.Event()
-        self.failure: RuntimeError | None = None
 
     @staticmethod
     def send_do_generate() -> None:
@@ -109,21 +71,10 @@ class MegatronGenerate:
         return 400 if self.strict_http_status else of_v09
 
     def _answer(self, wanted: RestRequest) -> dict[str, Any]:
-        from flask import abort
-
-        with lock:
-            if self.closed.is_set():
-                abort(503, "the server is ending")
-            try:
-                if wanted.beam_width is None:
-                    return self._generate(wanted)
-                return self._search(wanted, wanted.beam_width)
-            except RuntimeError as failure:
-                # The ranks may be anywhere by now; with a single one nothing is lost.
-                if dist.is_initialized() and dist.get_world_size() > 1:
-                    self.failure = failure
-                    self.closed.set()
-                raise
+        with self.turns.take():
+            if wanted.beam_width is None:
+                return self._generate(wanted)
+            return self._search(wanted, wanted.beam_width)
 
     def _generate(self, wanted: RestRequest) -> dict[str, Any]:
         self.send_do_generate()
@@ -175,12 +126,16 @@ class MegatronServer:
         require_http_packages()
         from flask import Flask
 
-        self.generate = MegatronGenerate(model, strict_http_status=strict_http_status)
+        self.turns = Turns()
+        generate = MegatronGenerate(model, self.turns, strict_http_status=strict_http_status)
         self.app = Flask(__name__, static_url_path="")
         self.app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
-        self.app.add_url_rule("/api", "api", self.generate.put, methods=["PUT"])
-        for status in (400, 413, 415, 503):
+        self.app.add_url_rule("/api", "api", generate.put, methods=["PUT"])
+        completions = MegatronCompletions(model, self.turns)
+        self.app.add_url_rule("/completions", "completions", completions.post, methods=["POST"])
+        for status in (400, 413, 415):
             self.app.register_error_handler(status, _in_json)
+        self.app.register_error_handler(Closed, lambda _: ({"message": "the server is ending"}, 503))
 
     def run(self, url: str, port: int) -> None:
         """Serve on this address until SIGINT or SIGTERM, then release the other ranks. To be called from the main thread.
@@ -193,19 +148,14 @@ class MegatronServer:
             announce(Task.END)
             raise
         serving = threading.Thread(target=http.serve_forever, name="http", daemon=True)
-        with _signals_set(self.generate.closed):
+        with _signals_set(self.turns.closed):
             serving.start()
-            where = f"http://{url}:{http.server_port} (PUT /api, GET /index.html)"
+            where = f"http://{url}:{http.server_port} (PUT /api, POST /completions, GET /index.html)"
             print(f"> process {os.getpid()} serves on {where}; SIGINT or SIGTERM ends all ranks", flush=True)
-            while not self.generate.closed.wait(_KEEP_AWAKE_SECONDS):
-                with lock:
-                    announce(Task.NOTHING)
+            self.turns.wait_until_closed(_KEEP_AWAKE_SECONDS)
             http.shutdown()
             serving.join()
-        if self.generate.failure is not None:
-            raise self.generate.failure
-        with lock:  # what is being answered is answered first
-            announce(Task.END)
+            self.turns.end()
         print("> the server has ended", flush=True)
 
 

@@ -24,7 +24,7 @@ from megatron.training.config import rules
 from tests.gang.harness import run_gang
 from tests.runs.pretraining import amended, run_script
 from tests.runs.test_generate_text import MODEL, TRAINING, continue_prompts
-from tools.text_generation_cli import put
+from tools.text_generation_cli import put, send
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -95,6 +95,28 @@ def test_server_answers_as_one_process_does_and_ends_by_a_signal(tmp_path: Path)
         # A single beam is greedy, and its score the mean log-probability of what it adds.
         assert beams["text"] == greedy["text"]
         assert beams["scores"] == pytest.approx([sum(greedy["logprobs"][0][2:]) / 8], abs=1e-5)
+
+        status, completed = send(
+            f"http://localhost:{port}/completions",
+            {"prompt": "5 6 7", "max_tokens": 8, "temperature": 0, "echo": True},
+            "POST",
+        )
+        assert status == 200 and completed["choices"][0]["text"] == expected
+        _, scored = send(
+            f"http://localhost:{port}/completions",
+            {"prompt": [expected, "5"], "max_tokens": 0, "logprobs": 2, "echo": True},
+            "POST",
+        )
+        of_text = scored["choices"][0]["logprobs"]
+        assert of_text["token_logprobs"] == [
+            None,
+            *(pytest.approx(each, abs=1e-5) for each in greedy["logprobs"][0]),
+        ]
+        # What was chosen greedily is the most probable.
+        for token, value, best in zip(
+            expected.split()[3:], of_text["token_logprobs"][3:], of_text["top_logprobs"][3:]
+        ):
+            assert best[token] == value == max(best.values()) and len(best) == 2
 
         client = subprocess.run(
             [sys.executable, "tools/text_generation_cli.py", f"localhost:{port}"],

@@ -6,6 +6,7 @@ Every function is called by all ranks of the job; global rank 0 passes the reque
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,14 +23,18 @@ from megatron.inference.text_generation.generation import (
     beam_search_and_return_on_first_stage,
     generate_tokens_probs_and_return_on_first_stage,
     score_and_return_on_first_stage,
+    top_log_probs_on_first_stage,
 )
 from megatron.inference.text_generation.tokenization import (
     detokenize_generations,
     end_of_document,
     tokenize_prompts,
+    usable_vocab_size,
 )
 from megatron.training import get_tokenizer
 
+#: Texts, or their ids.
+Prompts = Sequence[str | Sequence[int]]
 #: Texts, their segments, log-probabilities if wanted, rows of ids; and logits if wanted.
 Generated = (
     tuple[list[str], list[list[str]], list[list[float]] | None, list[list[int]]]
@@ -40,7 +45,7 @@ Generated = (
 def generate_and_post_process(
     model: torch.nn.Module,
     forward_step: MakeForwardStep = ForwardStep,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     tokens_to_generate: int = 0,
     return_output_log_probs: bool = False,
     top_k_sampling: int = 0,
@@ -96,7 +101,7 @@ def generate_and_post_process(
 def generate(
     model: torch.nn.Module,
     forward_step: MakeForwardStep | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     tokens_to_generate: int = 0,
     return_output_log_probs: bool = False,
     top_k_sampling: int = 0,
@@ -154,7 +159,7 @@ def generate(
 def beam_search_and_post_process(
     model: torch.nn.Module,
     forward_step: MakeForwardStep = ForwardStep,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     tokens_to_generate: int = 0,
     beam_size: int = 0,
     add_BOS: bool = False,
@@ -198,7 +203,7 @@ def beam_search_and_post_process(
 def beam_search(
     model: torch.nn.Module,
     forward_step: MakeForwardStep,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     tokens_to_generate: int = 0,
     beam_size: int = 0,
     add_BOS: bool = False,
@@ -225,6 +230,38 @@ def beam_search(
         penalty,
         prevent_newline_after_colon=bool(no_newline),
     )
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """A prompt's ids; of each after the first its log-probability and, if asked for, the most probable ids and theirs."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    top: list[dict[int, float]]
+
+
+def score_prompts(
+    model: torch.nn.Module, prompts: Prompts | None = None, top_n: int = 0
+) -> list[ScoredPrompt] | None:
+    """Score prompts, and tell the `top_n` most probable tokens of each place; on the first pipeline stage, else None."""
+    (top_n,), _ = _shared([top_n], [])
+    if not 0 <= top_n <= usable_vocab_size(get_tokenizer()):
+        raise ValueError(f"there are no {top_n} most probable tokens")
+    tokens, lengths, log_probs, logits = score_and_return_on_first_stage(model, *tokenize_prompts(prompts, 0))
+    values = ids = None
+    if top_n > 0:
+        values, ids = top_log_probs_on_first_stage(logits, top_n, *tokens.shape)
+    if log_probs is None:
+        return None
+    scored = []
+    for row, length in enumerate(lengths.tolist()):
+        top = []
+        if values is not None and ids is not None:
+            pairs = zip(ids[row, : length - 1].tolist(), values[row, : length - 1].tolist())
+            top = [dict(zip(*place)) for place in pairs]
+        scored.append(ScoredPrompt(tokens[row, :length].tolist(), log_probs[row, : length - 1].tolist(), top))
+    return scored
 
 
 def _shared(integers: list[int], floats: list[float]) -> tuple[list[int], list[float]]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import parallel_state
-from megatron.core.inference.sampling import check_sampling, log_probs_of, without_padding
+from megatron.core.inference.sampling import check_sampling, log_probs_of, top_log_probs, without_padding
 from megatron.inference.text_generation.beam_utils import BeamHypotheses
 from megatron.inference.text_generation.communication import (
     broadcast_from_last_pipeline_stage,
@@ -54,6 +54,22 @@ def score_and_return_on_first_stage(
     log_probs = None if logits is None else log_probs_of(logits[:, :-1], tokens[:, 1:])
     log_probs = broadcast_from_last_to_first_pipeline_stage((rows, length - 1), torch.float32, log_probs)
     return tokens, lengths, log_probs, logits
+
+
+def top_log_probs_on_first_stage(
+    logits: Tensor | None, count: int, rows: int, length: int
+) -> list[Tensor | None]:
+    """The `count` most probable next tokens under the last stage's logits [rows, length, v], on the first stage.
+
+    -> their log-probabilities and ids, each [rows, length, count].
+    """
+    best: tuple[Tensor | None, Tensor | None] = (None, None)
+    if logits is not None:
+        best = top_log_probs(logits, count, usable_vocab_size(get_tokenizer()))
+    return [
+        broadcast_from_last_to_first_pipeline_stage((rows, length, count), dtype, tensor)
+        for dtype, tensor in zip((torch.float32, torch.int64), best)
+    ]
 
 
 @torch.no_grad()

@@ -46,12 +46,12 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def tokenize_prompts(
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str | Sequence[int]] | None = None,
     tokens_to_generate: int | None = None,
     add_BOS: bool | None = None,
     rank: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Prompts of one global rank -> on every rank ids int64 [b, s] and lengths of the prompts int64 [b].
+    """Prompts of one global rank, texts or ids -> on every rank ids int64 [b, s] and lengths of the prompts int64 [b].
 
     s is the longest prompt and `tokens_to_generate`; rows are filled up with the end-of-document id, which `add_BOS` also
     puts before each prompt. Of more tokens than fit the model only so many are kept as are too many. All ranks must call;
@@ -71,12 +71,15 @@ def tokenize_prompts(
     )
 
 
-def _batch(prompts: Sequence[str], tokens_to_generate: int, add_bos: bool) -> tuple[Tensor, Tensor]:
+def _batch(
+    prompts: Sequence[str | Sequence[int]], tokens_to_generate: int, add_bos: bool
+) -> tuple[Tensor, Tensor]:
     if not prompts or tokens_to_generate < 0:
         raise ValueError(f"{len(prompts)} prompts and {tokens_to_generate} tokens to generate are no request")
     tokenizer = get_tokenizer()
     end = end_of_document(tokenizer)
-    rows = [[end] * add_bos + list(tokenizer.tokenize(prompt)) for prompt in prompts]
+    texts = [tokenizer.tokenize(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    rows = [[end] * add_bos + list(ids) for ids in texts]
     known = usable_vocab_size(tokenizer)
     for prompt, row in zip(prompts, rows):
         if not row:
