@@ -143,6 +143,53 @@ def test_a_taken_port_ends_every_rank(tmp_path: Path) -> None:
     assert refusals[0].startswith(f"--port {port}: it cannot be listened on") and refusals[1] == "ended"
 
 
+HYBRID = (
+    "--num-layers 4 --hybrid-override-pattern M*-- --spec tests.unit.ssm.support toy_stack_spec --normalization RMSNorm "
+    "--position-embedding-type none --disable-bias-linear --untie-embeddings-and-output-weights "
+)
+
+
+def answered(argv: list[str]) -> Any:
+    """Body: a hybrid model started as its server starts it, and what it says."""
+    from unittest import mock
+
+    import pretrain_mamba
+    from megatron.inference.text_generation import beam_search_and_post_process, generate_and_post_process
+    from tools import run_mamba_text_generation_server as program
+
+    answers = []
+
+    class Server:
+        """Answers instead of listening; the other ranks do the same instead of following."""
+
+        def __init__(self, model: Any, **_: Any) -> None:
+            self.model = model
+
+        def run(self, *_: Any) -> None:
+            here = {"prompts": ["5 6 7"], "tokens_to_generate": 6} if os.environ["RANK"] == "0" else {}
+            answers.append(generate_and_post_process(self.model, **here, top_k_sampling=1))
+            answers.append(beam_search_and_post_process(self.model, **here, beam_size=3, num_return_gen=3))
+
+    with (
+        mock.patch.object(sys, "argv", ["run_mamba_text_generation_server.py", *argv]),
+        mock.patch("megatron.inference.text_generation_server.MegatronServer", Server),
+        mock.patch("tools.run_text_generation_server.follow", lambda model: Server(model).run()),
+    ):
+        assert program.model_provider is pretrain_mamba.model_provider
+        program.main()
+    return answers
+
+
+def test_a_hybrid_model_is_served_from_stages_of_which_one_remembers_nothing(tmp_path: Path) -> None:
+    words = [*MODEL.split(), *HYBRID.split()]
+    run_gang(1, run_script, [*words, *TRAINING.split(), "--save", str(tmp_path)], "pretrain_mamba")
+    words += ["--load", str(tmp_path)]
+    ((drawn, beams),) = run_gang(1, answered, words)
+    first, second = run_gang(2, answered, [*words, "--pipeline-model-parallel-size", "2"])
+    assert first[0] == drawn and first[1][:2] == beams[:2] and second == [None, None]
+    assert first[1][2] == pytest.approx(beams[2], abs=1e-5) and len(set(beams[0])) == 3
+
+
 LAYOUT = ["--tensor-model-parallel-size", "2"]
 
 

@@ -193,7 +193,8 @@ def beam_search_and_return_on_first_stage(
             break
         copy_from_last_to_first_pipeline_stage(beams.shape, torch.int64, beams)
         order = broadcast_from_last_pipeline_stage(beam_size, torch.int64, order)
-        step.inference_params.swap_key_value_dict(order)
+        if step.inference_params.key_value_memory_dict:  # a stage may have no layer that remembers
+            step.inference_params.swap_key_value_dict(order)
         start = end
 
     if last and not done.item():
