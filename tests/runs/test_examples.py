@@ -234,6 +234,7 @@ TWINS = {
     "t5": (6.8, 6.0, SHORTER),
     "gpt3": (6.9, 6.6, "--eval-iters 1"),
     "llama": (7.0, 6.4, SHORTER),
+    "mamba": (6.8, 6.4, "--train-iters 20 --eval-iters 1"),
 }
 
 
