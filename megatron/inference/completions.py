@@ -106,7 +106,7 @@ class MegatronCompletions:
         )
         _, segments, _, rows = result
         choices = []
-        for index, (prompt, row, pieces) in enumerate(zip(prompts, rows, segments)):
+        for index, (given, prompt, row, pieces) in enumerate(zip(wanted.prompts, prompts, rows, segments)):
             # Rows of shorter prompts go on for longer.
             answer = row[len(prompt) : min(len(pieces), len(prompt) + wanted.max_tokens)]
             if answer[-1] == end_of_document(tokenizer):
@@ -114,7 +114,7 @@ class MegatronCompletions:
             text = _continuation(prompt, answer)
             text = text[: min((at for stop in wanted.stop if (at := text.find(stop)) >= 0), default=None)]
             if wanted.echo:
-                text = _text_of(wanted.prompts[index]) + text
+                text = _text_of(given) + text
             choices.append({"index": index, "text": text, "logprobs": None})
         return choices
 
@@ -151,7 +151,8 @@ def _ids(prompts: list[str] | list[list[int]]) -> list[list[int]]:
     return [list(tokenizer.tokenize(prompt)) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
-def _text_of(prompt: str | list[int]) -> str:
+def _text_of(prompt: Any) -> str:
+    """A prompt, or the text of its ids."""
     return prompt if isinstance(prompt, str) else get_tokenizer().detokenize(prompt)
 
 

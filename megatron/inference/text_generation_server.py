@@ -99,6 +99,8 @@ class MegatronGenerate:
         return {"text": text, "segments": segments, "logprobs": logprobs}
 
     def _search(self, wanted: RestRequest, beam_width: int) -> dict[str, Any]:
+        # v0.9 has no such field, and neither has a replacement of its function.
+        more: dict[str, Any] = {"strip_padding": True} if wanted.strip_padding else {}
         self.send_do_beam_search()
         result: Any = beam_search_and_post_process(
             self.model,
@@ -110,7 +112,7 @@ class MegatronGenerate:
             num_return_gen=beam_width,
             length_penalty=wanted.length_penalty,
             prevent_newline_after_colon=wanted.prevent_newline_after_colon,
-            **({"strip_padding": True} if wanted.strip_padding else {}),
+            **more,
         )
         text, segments, scores = result
         return {"text": text, "segments": segments, "scores": scores}

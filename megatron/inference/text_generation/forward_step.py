@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
@@ -15,10 +16,11 @@ class ForwardStep:
     Other classes may take its place if they are made and called like this one.
     """
 
-    def __init__(self, model: torch.nn.Module, max_batch_size: int, max_sequence_length: int) -> None:
+    def __init__(self, model: Any, max_batch_size: int, max_sequence_length: int) -> None:
         """For batches of at most this many sequences of at most this many tokens. InvariantError for several chunks."""
         self.model = model
-        self._wrapped = GPTInferenceWrapper(model, get_args())
+        args: Any = get_args()
+        self._wrapped = GPTInferenceWrapper(model, args)
         self._wrapped.begin(max_batch_size, max_sequence_length)
         self.inference_params = self._wrapped.inference_params
 

@@ -26,9 +26,14 @@ def test_filters_keep_what_the_recording_kept(case: dict[str, Any]) -> None:
         assert logits.isfinite().tolist() == kept
 
 
-def test_sample_is_greedy_for_one_and_clamps_padding() -> None:
+def test_sample_is_greedy_for_one_and_never_draws_padding() -> None:
     logits = torch.tensor([[0.0, 1.0, 5.0], [3.0, 1.0, 2.0]])
     assert sampling.sample(logits, top_k=1).tolist() == [2, 0]
     assert sampling.sample(logits, top_k=1, vocab_size=2).tolist() == [1, 0]
+    assert sampling.sample(logits.repeat(50, 1), vocab_size=2).unique().tolist() == [0, 1]
+    # As cold as floats get: the most probable, and no division by what is almost nothing.
+    assert sampling.sample(logits, temperature=1e-300).tolist() == [2, 0]
     with pytest.raises(ValueError, match="exclude"):
         sampling.sample(logits, top_k=2, top_p=0.5)
+    with pytest.raises(ValueError, match=r"temperature: .* is not above 0"):
+        sampling.sample(logits, temperature=0.0)
