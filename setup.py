@@ -16,6 +16,8 @@ EXTRAS = {
     "flash-attn": ["flash-attn"],
     "eval": ["transformers", "safetensors", "nltk"],
     "data": ["pyarrow", "fsspec", "nltk"],
+    "clean": ["ftfy", "langdetect", "tldextract"],
+    "embed": ["h5py", "transformers"],
     "tokenizers": ["sentencepiece", "protobuf", "tiktoken", "transformers"],
     "wandb": ["wandb"],
     "plot": ["matplotlib"],
@@ -26,6 +28,8 @@ EXTRAS["dev"] = sorted(
     {
         *EXTRAS["eval"],
         *EXTRAS["data"],
+        *EXTRAS["clean"],
+        *EXTRAS["embed"],
         *EXTRAS["plot"],
         *EXTRAS["serve"],
         *EXTRAS["tokenizers"],

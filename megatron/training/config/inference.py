@@ -17,9 +17,8 @@ class InferenceConfig:
     max_tokens_to_oom: int = flag(
         12000, group="inference", help="Refuse requests whose prompt and answer together hold more tokens.")
     output_bert_embeddings: bool = flag(
-        False, group="inference", status="unsupported", reason="only v0.9's legacy BERT model has it",
-        help="Let BERT return sentence embeddings.")
+        False, group="inference", help="tools/bert_embedding: let BERT return a vector for each text.")
     bert_embedder_type: str = flag(
-        "megatron", parse=None, choices=("megatron", "huggingface"), group="inference", status="unsupported",
-        reason="v0.9's training code reads it nowhere", help="Which BERT computes embeddings.")
+        "megatron", parse=None, choices=("megatron", "huggingface"), group="inference",
+        help="tools/bert_embedding: the BERT of --load, or bert-large-cased of transformers.")
     # fmt: on

@@ -29,6 +29,12 @@ def samples_are_positive(args: Any) -> bool:
     return not args.train_samples or args.train_samples > 0
 
 
+@rule(TRAINING, "--output-bert-embeddings", "--bert-embedder-type", bad="--output-bert-embeddings",
+      why="training computes losses, not embeddings", fix="drop them; tools/bert_embedding is what they are for")
+def losses_are_computed(args: Any) -> bool:
+    return not args.output_bert_embeddings and args.bert_embedder_type == "megatron"
+
+
 @rule(TRAINING, "--lr", bad="-lr", why="the learning rate is not given", fix="give --lr")
 def learning_rate_given(args: Any) -> bool:
     return args.lr is not None or args.skip_train
@@ -134,6 +140,15 @@ def uneven_layers_divide(args: Any) -> bool:
       why="each tensor parallel rank must route tokens of its own to train experts", fix="add --sequence-parallel")
 def training_experts_needs_own_tokens(args: Any) -> bool:
     return args.num_experts is None or args.tensor_model_parallel_size == 1 or args.sequence_parallel
+
+
+@rule(TRAINING, "--moe-router-load-balancing-type", "--moe-aux-loss-coeff",
+      bad="--num-experts 4 --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0.01",
+      why="sinkhorn balances by itself and takes no auxiliary loss",
+      fix="leave the coefficient at 0, or choose aux_loss")
+def balanced_once(args: Any) -> bool:
+    sinkhorn = args.num_experts is not None and args.moe_router_load_balancing_type == "sinkhorn"
+    return not (sinkhorn and args.moe_aux_loss_coeff)
 
 
 @rule(TRAINING, "--moe-router-topk", "--num-experts", bad="--num-experts 4 --moe-router-topk 5",
