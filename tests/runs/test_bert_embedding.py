@@ -88,7 +88,11 @@ def plain_vectors(weights: dict[str, Tensor]) -> Tensor:
 
 
 def blocks_in(folder: Path) -> dict[str, np.ndarray]:
-    return {path.name: h5py.File(path)["data"][:] for path in sorted(folder.iterdir())}
+    found = {}
+    for path in sorted(folder.iterdir()):
+        with h5py.File(path) as file:
+            found[path.name] = file["data"][:]
+    return found
 
 
 def test_blocks_hold_what_plain_pytorch_computes(tmp_path: Path) -> None:

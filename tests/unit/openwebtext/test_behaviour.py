@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.openwebtext.support import RECORDED, SCRIPTS, Call, documents, process, write
-from tools.openwebtext import add_id, cleanup_dataset, find_duplicates, merge_jsons
+from tools.openwebtext import add_id, cleanup_dataset, cleanup_fix_dataset, find_duplicates, merge_jsons
 
 loose_json = sys.modules["loose_json"]
 
@@ -93,6 +93,22 @@ def test_unusual_texts_survive(call: Call, tmp_path: Path) -> None:
     lines = data.read_bytes().decode("utf-8").split("\n")
     assert [json.loads(line)["text"] for line in lines if line] == texts
     assert "é 漢字 \u2028" in lines[0] and "\\ud800" in lines[1]
+
+
+def test_texts_without_letters(call: Call, tmp_path: Path) -> None:
+    """Have no language: the first cleaning leaves them out, the second filters them. Lines that are no JSON fare alike."""
+    data = write(tmp_path / "data", [{"text": "12345"}])
+    data.write_bytes(data.read_bytes() + b"{cut\n")
+    lines = call(cleanup_dataset, data, tmp_path / "out")
+    assert lines[0].startswith(f"    skipping {data}:1: its language is not to be told")
+    assert lines[1].startswith(f"    skipping {data}:2: not JSON")
+    assert (
+        "documents: 2 | fixed text: 0 | non-english: 0" in lines[2] and (tmp_path / "out").read_bytes() == b""
+    )
+    words = ("--input-files", data, "--output-path", tmp_path, "--tasks", "remove_512_non_english")
+    assert call(cleanup_fix_dataset, *words)[-1].startswith("  >> total docs: 2 remove_512 0")
+    assert (tmp_path / "data_filtered").read_bytes() == data.read_bytes()
+    assert (tmp_path / "data_cleaned").read_bytes() == b""
 
 
 def test_merging(call: Call, tmp_path: Path) -> None:
