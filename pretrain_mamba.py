@@ -5,8 +5,12 @@ Data, batches and loss are GPT's; what differs is the model. The loop is in mega
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 from megatron.core.enums import ModelType
+from megatron.core.errors import FlagError
 from megatron.core.models.mamba import MambaModel
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import get_args, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.cli import run_main
@@ -22,7 +26,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> Mamba
     print_rank_0("building Mamba model ...")
     model = MambaModel(
         config=core_transformer_config_from_args(args),
-        mamba_stack_spec=layer_spec(args),
+        mamba_stack_spec=stack_spec(args),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -43,6 +47,16 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> Mamba
     return model
 
 
+def stack_spec(args: Namespace) -> ModuleSpec:
+    """What `--spec MODULE NAME` names. FlagError unless it is a specification."""
+    spec = layer_spec(args)
+    if not isinstance(spec, ModuleSpec):
+        subject = f"--spec {' '.join(args.spec)}"
+        fix = "for instance --spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+        raise FlagError(subject, f"it is a {type(spec).__name__}, no ModuleSpec of a stack", fix)
+    return spec
+
+
 def run() -> None:
     """Pretrain as the command line says."""
     train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]
@@ -52,6 +66,7 @@ def run() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        model_name="hybrid models",
     )
 
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from megatron.core.flags import Rule, check_config, computed, flag, from_args, rule, runtime
 
 RULES: list[Rule] = []
+
+
+def _dtype_between_stages(args: Any) -> torch.dtype | None:
+    """What a layer hands on: the residual stream, which may be wider than the parameters."""
+    wide = getattr(args, "fp32_residual_connection", False)
+    return torch.float32 if wide else getattr(args, "params_dtype", None)
 
 
 @dataclass
@@ -98,7 +105,7 @@ class ModelParallelConfig:
     tp_comm_overlap_disable_qkv: bool = from_args("tp_comm_overlap_disable_qkv", False)
     tp_comm_overlap_disable_fc1: bool = from_args("tp_comm_overlap_disable_fc1", False)
 
-    pipeline_dtype: torch.dtype | None = from_args("params_dtype", None)
+    pipeline_dtype: torch.dtype | None = computed(None, _dtype_between_stages)
     variable_seq_lengths: bool = from_args("variable_seq_lengths", False)
     overlap_p2p_comm: bool = flag(
         False, cli_default=True, off="--no-overlap-p2p-communication", group="distributed",

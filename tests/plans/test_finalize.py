@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +193,12 @@ def test_print_config_tells_origins(capsys: pytest.CaptureFixture) -> None:
         assert line in lines
 
 
+def test_stages_exchange_what_layers_hand_on() -> None:
+    for flags, expected in (("", torch.bfloat16), ("--fp32-residual-connection", torch.float32)):
+        transformer = build.configs(finished(f"--bf16 {flags}")).transformer
+        assert (transformer.params_dtype, transformer.pipeline_dtype) == (torch.bfloat16, expected)
+
+
 def test_configurations_carry_values_through() -> None:
     configs = build.configs(finished(
         "--bf16 --norm-epsilon 1e-6 --apply-layernorm-1p --group-query-attention --num-query-groups 2 "
@@ -348,3 +355,17 @@ def test_a_flag_that_needs_others_says_so_without_them(flag: Flag) -> None:
     assert len(alone) == 1 and "it needs --" in alone[0]
     beside = [condition.split(" or ")[0] for condition in flag.needs]
     assert complaints(flag.spellings[0], *beside) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "script"), [("GPT", "gpt"), ("hybrid models", "mamba"), ("BERT", "bert"), ("T5", "t5")]
+)
+def test_flags_for_other_models_are_named(model: str, script: str) -> None:
+    """A typed flag that the entry script reads nowhere; what it does read is not in the list."""
+    unread = rules.UNREAD[model]
+    source = (Path(__file__).parents[2] / f"pretrain_{script}.py").read_text()
+    assert not [dest for dest in unread if f"args.{dest}" in source]
+    args = arguments.parse_args(argv=[*BASE.split(), "--max-tokens-to-oom", "3", "--decoder-seq-length", "8"])
+    lines = rules.unread_flags(args, model, unread, parser.all_flags())
+    expected = ["--max-tokens-to-oom"] if model == "T5" else ["--decoder-seq-length", "--max-tokens-to-oom"]
+    assert sorted(lines) == [f"{name} has no effect on {model}" for name in expected]

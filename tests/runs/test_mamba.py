@@ -10,18 +10,19 @@ import pytest
 import torch
 
 from megatron.training.config import rules
-from tests.gang.harness import run_gang
+from tests.gang.harness import GangError, run_gang
 from tests.runs.pretraining import Observed, compare, observe, read_records, run_script
 from tests.runs.test_bert import refused
 from tests.runs.test_resume import assert_same_runs, stop_and_resume
 
 STEPS = 3
+TOY = "--spec tests.unit.ssm.support toy_stack_spec "
 COMMON = (
     "--hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 2 "
     "--global-batch-size 8 --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --mock-data --tokenizer-type NullTokenizer "
     "--vocab-size 100 --num-workers 0 --attention-dropout 0 --hidden-dropout 0 --eval-iters 0 --log-interval 1 "
     f"--adam-eps 1e-3 --train-iters {STEPS} --log-num-zeros-in-grad --distributed-backend gloo "
-    "--normalization RMSNorm --spec tests.unit.ssm.support toy_stack_spec "
+    f"--normalization RMSNorm {TOY}"
 )
 HYBRID = (
     "--num-layers 8 --hybrid-override-pattern M*-MM-*M --position-embedding-type none "
@@ -155,6 +156,25 @@ def test_goes_on_in_another_layout(
     assert own == pytest.approx({step: expected[step] for step in own}, rel=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", [DISTOPT], ids=["distributed"], scope="module")
+def test_checkpoint_says_what_its_layers_are(tmp_path: Path, saved: Path) -> None:
+    """--use-checkpoint-args takes the pattern over too."""
+    model = HYBRID.replace("--hybrid-override-pattern M*-MM-*M ", "")
+    words = [
+        "--load",
+        str(saved),
+        "--use-checkpoint-args",
+        "--train-iters",
+        "5",
+        "--no-load-optim",
+        "--finetune",
+    ]
+    layout = [*TP2.split(), "--metrics-file", str(tmp_path / "own.jsonl")]
+    [printed, _] = run_gang(2, run_script, [*flags(model, 2), *words, *layout], SCRIPT)
+    assert "Setting hybrid_override_pattern to M*-MM-*M from checkpoint" in printed
+    assert max(losses(tmp_path / "own.jsonl")) == 5
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, optimizer: str) -> Path:
     """Four steps with two tensor-parallel ranks, saved after two."""
@@ -176,6 +196,22 @@ def test_refuses_what_it_cannot_do(rule: Any, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("rule", rules.GPT, ids=lambda rule: rule.bad)
 def test_other_models_refuse_hybrid_flags(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = COMMON.replace("--spec tests.unit.ssm.support toy_stack_spec", "")
+    common = COMMON.replace(TOY, "")
     refused(rule, common + "--num-layers 4 ", rules.GPT, monkeypatch)
     assert rule in rules.BERT and rule in rules.T5
+
+
+def test_refuses_what_is_no_stack() -> None:
+    gpt = "--spec megatron.core.models.gpt.gpt_layer_specs get_gpt_layer_local_spec"
+    with pytest.raises(GangError, match=r"FlagError: --spec .* no ModuleSpec of a stack"):
+        run_gang(1, run_script, flags(f"{PLAIN} {gpt}"), SCRIPT)
+
+
+@pytest.mark.parametrize("script", [SCRIPT, "pretrain_gpt"])
+def test_a_wide_residual_stream_crosses_stages(script: str) -> None:
+    """bf16 parameters, fp32 between the layers: two stages compute what one process computes."""
+    model = "--num-layers 4 --bf16 --fp32-residual-connection "
+    words = flags(model) if script == SCRIPT else " ".join(flags(model)).replace(TOY.strip(), "").split()
+    expected = run_gang(1, observe, words, script)[0]
+    for worst in run_gang(2, compare, [*words, *PP2.split()], expected, script):
+        assert worst.gradient[0] < 1e-2 and worst.token_loss[0] < 1e-3, worst

@@ -28,7 +28,8 @@ _ARCHITECTURE = _names(
     num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels group_query_attention
     num_query_groups max_position_embeddings padded_vocab_size position_embedding_type
     add_position_embedding add_bias_linear add_qkv_bias swiglu normalization apply_layernorm_1p
-    qk_layernorm untie_embeddings_and_output_weights num_experts
+    qk_layernorm untie_embeddings_and_output_weights num_experts hybrid_attention_ratio hybrid_mlp_ratio
+    hybrid_override_pattern
     """
 )
 _ARITHMETIC = _names(
@@ -68,6 +69,8 @@ _FORCED = _names(
     apply_query_key_layer_scaling
     """
 )
+# Taken over where the checkpoint is a hybrid model's.
+_HYBRID = _names("hybrid_attention_ratio hybrid_mlp_ratio hybrid_override_pattern")
 _FORCED_LAYOUT = _names(
     """
     tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
@@ -184,7 +187,7 @@ def apply_checkpoint_args(args: Namespace, checkpoint_args: Any, version: float)
 
     for name in _IF_UNSET:
         take(name)
-    for name in _FORCED:
+    for name in [*_FORCED, *(name for name in _HYBRID if getattr(checkpoint_args, name, None))]:
         take(name, force=True)
     if version < 3.0:
         take("tensor_model_parallel_size", "model_parallel_size")
