@@ -151,6 +151,7 @@ def run() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         args_defaults={"tokenizer_type": "BertWordPieceLowerCase"},
+        model_name="BERT",
     )
 
 

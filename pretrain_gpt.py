@@ -133,6 +133,7 @@ def run() -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
+        model_name="GPT",
     )
 
 

@@ -179,6 +179,7 @@ def run() -> None:
         ModelType.encoder_and_decoder,
         forward_step,
         args_defaults={"tokenizer_type": "BertWordPieceLowerCase"},
+        model_name="T5",
         get_embedding_ranks=t5_embedding_ranks,
         get_position_embedding_ranks=t5_position_embedding_ranks,
     )

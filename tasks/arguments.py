@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.errors import FlagError
 from megatron.core.flags import Rule, flag, flags_of, rule
 from megatron.training.config import rules
-from megatron.training.config.parser import add_flag
+from megatron.training.config.parser import add_flag, all_flags
 from megatron.training.config.rules import loop
 
 FINETUNED = ("MNLI", "QQP", "RACE")
@@ -85,8 +85,8 @@ def check_task(args: Namespace) -> None:
             # The epochs give the length of training, and --train-data what to train on.
             own = (loop.training_has_a_length, loop.data_given)
             rules.check(args, [*(r for r in rules.TRAINING if r.holds not in own), *FINETUNING])
-    for dest in sorted(_UNREAD[args.task] & set(args.args_given)):
-        args.notices.append(f"--{dest.replace('_', '-')} has no effect on {args.task}")
+    declared = [*all_flags(), *flags_of(TasksConfig)]
+    args.notices += rules.unread_flags(args, args.task, _UNREAD[args.task], declared)
 
 
 # fmt: off

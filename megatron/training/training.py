@@ -32,6 +32,8 @@ from megatron.core.utils import get_model_config
 from megatron.training import report, sanity
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
+from megatron.training.config import rules
+from megatron.training.config.parser import all_flags
 from megatron.training.context import TrainContext
 from megatron.training.data import (
     DatasetsProvider,
@@ -113,11 +115,14 @@ def pretrain(
     args_defaults: dict[str, Any] | None = None,
     get_embedding_ranks: RankFunction | None = None,
     get_position_embedding_ranks: RankFunction | None = None,
+    *,
+    model_name: str | None = None,
 ) -> None:
     """Run training as the command line says: set up, train, evaluate, save.
 
     The caller's four functions: datasets for (train, valid, test) sample counts; the model of one pipeline stage; one
     forward step (its contract: spec training, section 14); optionally what to do with non-loss outputs of evaluation.
+    `model_name` is what `rules.UNREAD` calls the model, whose user is told of typed flags that do not reach it.
     """
     ctx = initialize_megatron(
         extra_args_provider=extra_args_provider,
@@ -127,6 +132,8 @@ def pretrain(
         for_training=True,
     )
     args, timers = ctx.args, ctx.timers
+    if model_name is not None:
+        args.notices += rules.unread_flags(args, model_name, rules.UNREAD[model_name], all_flags())
     if args.log_progress:
         append_to_progress_log("Starting job", ctx=ctx)
     start_time = _earliest_start()

@@ -11,14 +11,16 @@ from megatron.training.config.rules.base import (
     GIVEN,
     ONE_STACK,
     TRAINING,
+    UNREAD,
     check,
     check_supported,
     ignored_flags,
+    unread_flags,
 )
 from megatron.training.config.rules.causal_models import GPT, HYBRID
 from megatron.training.config.rules.masked_models import BERT, T5
 
 __all__ = [
-    "BERT", "DERIVED", "GIVEN", "GPT", "HYBRID", "ONE_STACK", "T5", "TRAINING", "causal_models", "check",
-    "check_supported", "ignored_flags", "layout", "loop", "machine", "masked_models", "model", "run",
+    "BERT", "DERIVED", "GIVEN", "GPT", "HYBRID", "ONE_STACK", "T5", "TRAINING", "UNREAD", "causal_models", "check",
+    "check_supported", "ignored_flags", "layout", "loop", "machine", "masked_models", "model", "run", "unread_flags",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from megatron.core.errors import FlagError
@@ -19,6 +19,22 @@ DERIVED: list[Rule] = []
 TRAINING: list[Rule] = []
 #: Checked on the finished arguments when the layers of a model that is no encoder-decoder are divided.
 ONE_STACK: list[Rule] = []
+
+_OF_MASKING = {"mask_prob", "short_seq_prob"}
+_OF_DOCUMENTS = {
+    "reset_position_ids",
+    "reset_attention_mask",
+    "eod_mask_loss",
+    "create_attention_mask_in_dataloader",
+}
+_OF_GENERATION = {"inference_batch_times_seqlen_threshold", "max_tokens_to_oom"}
+#: By what is trained: arguments that it does not read.
+UNREAD: dict[str, frozenset[str]] = {
+    "GPT": frozenset({*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length"}),
+    "hybrid models": frozenset({*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length"}),
+    "BERT": frozenset({*_OF_DOCUMENTS, *_OF_GENERATION, "decoder_seq_length"}),
+    "T5": frozenset({*_OF_DOCUMENTS, *_OF_GENERATION, "bert_binary_head"}),
+}
 
 
 def check(args: Any, rules: Iterable[Rule]) -> None:
@@ -66,3 +82,9 @@ def ignored_flags(args: Any) -> list[str]:
     given = set(getattr(args, "args_given", ()))
     lines = (_line(flag, args) for flag in all_flags() if flag.dest in given)
     return [line for line in lines if line is not None]
+
+
+def unread_flags(args: Any, reader: str, dests: Collection[str], declared: Iterable[Flag]) -> list[str]:
+    """One line for each of the `declared` flags that fills one of `dests`, which `reader` does not read, and was typed."""
+    given = set(dests) & set(args.args_given)
+    return [f"{flag.spellings[0]} has no effect on {reader}" for flag in declared if flag.dest in given]
