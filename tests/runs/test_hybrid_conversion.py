@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.safe_load import load_file
 from tests.gang.harness import run_gang
 from tests.runs.pretraining import read_records, run_script
 from tests.runs.test_mamba import GATED, HYBRID, SCRIPT, flags
+from tools.checkpoint import conversion
 from tools.checkpoint.hybrid_layout import main
 
 MODELS = {"untied": HYBRID, "gated, tied, with biases": GATED}
@@ -132,6 +133,17 @@ def test_other_checkpoints_are_refused(
     assert "distributed checkpoint" in capsys.readouterr().err
     assert convert(tmp_path / "nothing", tmp_path, "tp2") != 0
     assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])
+def test_the_general_converter_refuses_hybrids(
+    written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture, ckpt_format: str
+) -> None:
+    source = written["pp2"] if ckpt_format == "torch" else written["pp2"].parent.parent / "source"
+    words = ["--model-type", "GPT", "--loader", "mcore", "--saver", "mcore", "--load-dir", str(source)]
+    assert conversion.main([*words, "--save-dir", str(tmp_path / "target")]) == 1
+    assert "it is a hybrid model's" in capsys.readouterr().err
+    assert not (tmp_path / "target").exists() or not list((tmp_path / "target").glob("iter_*"))
 
 
 def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:

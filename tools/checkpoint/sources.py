@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,13 @@ def _arguments(state: Any, path: Path) -> Namespace:
     return saved
 
 
+def _refuse_hybrids(path: Path, keys: Iterable[str]) -> None:
+    """CheckpointError for a model with Mamba layers, of which the messages know nothing."""
+    if any(".mixer.in_proj." in key for key in keys):
+        fix = "tools/checkpoint/hybrid_conversion.py cuts its torch format anew; every layout loads its torch_dist format"
+        raise CheckpointError(str(path), "it is a hybrid model's, with Mamba layers", fix)
+
+
 class TorchSource:
     """The rank files of a torch-format checkpoint, memory-mapped."""
 
@@ -68,6 +76,7 @@ class TorchSource:
         states = {name: load_file(file) for name, file in files.items()}
         first = next(iter(states.values()))
         self.args = _arguments(first, path)
+        _refuse_hybrids(path, (key for state in states.values() for key in state.get("model", ())))
         self.iteration = first.get("iteration", 0)
         self._stages: list[list[list[dict[str, Any]]]] = []  # [stage or chunk][tensor rank][expert rank]
         self._layers: dict[str, list[tuple[int, int]]] = {"encoder": [], "decoder": []}
@@ -178,6 +187,7 @@ class DistributedSource:
         common = load_file(path / COMMON_FNAME)
         self.args, self.iteration = _arguments(common, path), common.get("iteration", 0)
         self._stored = StoredTensors(path)
+        _refuse_hybrids(path, self._stored.keys())
 
     def parts(self, message: Message, entry: Entry) -> list[torch.Tensor] | None:
         """The tensor as a single part, or None if there is no such tensor."""
