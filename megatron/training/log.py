@@ -15,7 +15,7 @@ from megatron.core import device
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.aux_losses import track_moe_metrics
 from megatron.training.context import TrainContext
-from megatron.training.flops import dense_peak_tflops, throughput_tflops
+from megatron.training.flops import dense_peak_tflops, is_hybrid, throughput_tflops
 from megatron.training.global_vars import get_context
 from megatron.training.theoretical_memory_usage import report_theoretical_memory
 from megatron.training.utils import is_last_rank, print_rank_last, report_memory
@@ -159,7 +159,7 @@ def training_log(
         )
     total_loss_dict.clear()
     if report_memory_flag and learning_rate > 0.0:
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and not is_hybrid(args):  # the formula is a transformer's
             report_theoretical_memory(args, num_microbatches=get_num_microbatches(), verbose=True)
         report_memory(f"(after {iteration} iterations)")
         report_memory_flag = False

@@ -29,25 +29,38 @@ def allocate_layers(
     target_mlp_ratio: float,
     override_pattern: str | None = None,
 ) -> list[str]:
+    """`layer_kinds`, and say on rank 0 what was chosen, unless all layers are Mamba's by default."""
+    wanted = (total_layers_count, target_attention_ratio, target_mlp_ratio)
+    layers = layer_kinds(*wanted, override_pattern)
+    if override_pattern is not None:
+        automatic = layer_kinds(*wanted)
+        if layers == automatic:
+            _log("The override pattern is the pattern the ratios give")
+        else:
+            _log(f"The override pattern takes the place of {''.join(automatic)}")
+    if target_attention_ratio > 0 or target_mlp_ratio > 0 or override_pattern is not None:
+        _report(layers, target_attention_ratio, target_mlp_ratio)
+    return layers
+
+
+def layer_kinds(
+    total_layers_count: int,
+    target_attention_ratio: float,
+    target_mlp_ratio: float,
+    override_pattern: str | None = None,
+) -> list[str]:
     """The kind of each layer, first to last, as letters of `Symbols` (spec: tools, section 4).
 
     Ratios are shares of all layers, 0 to 1 and together at most 1; halves of a layer are rounded to the even number.
-    `override_pattern` gives the letters itself; where a ratio is above zero too, it must have as many of each kind. What
-    was chosen is logged on rank 0. InvariantError (a ValueError) for ratios and patterns that cannot be.
+    `override_pattern` gives the letters itself; where a ratio is above zero too, it must have as many of each kind.
+    InvariantError (a ValueError) for ratios and patterns that cannot be.
     """
     _check_ratios(total_layers_count, target_attention_ratio, target_mlp_ratio)
     layers = _spread_mlp(_spread_attention(total_layers_count, target_attention_ratio), target_mlp_ratio)
+    if override_pattern is None:
+        return layers
     with_ratios = target_attention_ratio > 0 or target_mlp_ratio > 0
-    if override_pattern is not None:
-        chosen = _overridden(override_pattern, total_layers_count, layers if with_ratios else None)
-        if chosen == layers:
-            _log("The override pattern is the pattern the ratios give")
-        else:
-            _log(f"The override pattern takes the place of {''.join(layers)}")
-        layers = chosen
-    if with_ratios or override_pattern is not None:
-        _report(layers, target_attention_ratio, target_mlp_ratio)
-    return layers
+    return _overridden(override_pattern, total_layers_count, layers if with_ratios else None)
 
 
 def _check_ratios(layers: int, attention: float, mlp: float) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.core.ssm.state_space import causal_conv, chunked_scan, scan_step
 
@@ -119,3 +122,30 @@ def test_convolution_looks_back_only(length: int, bias: bool) -> None:
     torch.testing.assert_close(causal_conv(new, conv.weight, conv.bias, before), expected)
     fresh = conv(torch.nn.functional.pad(new, (0, 0, width - 1, 0)).transpose(1, 2)).transpose(1, 2)
     torch.testing.assert_close(causal_conv(new, conv.weight, conv.bias), fresh)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor) and func is not torch.ops.aten.expand.default:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_state_per_position_is_made() -> None:
+    """Forward and backward: nothing as large as positions x heads x channels x state."""
+    length, heads, width, state, chunk = 512, 2, 16, 64, 32
+    x = torch.randn(1, length, heads, width, requires_grad=True)
+    dt = torch.rand(1, length, heads, requires_grad=True)
+    A = -torch.rand(heads)
+    B, C = (torch.randn(1, length, 1, state, requires_grad=True) for _ in range(2))
+    with _Largest() as largest:
+        y, _ = chunked_scan(x, dt, A, B, C, chunk)
+        y.sum().backward()
+    documented = max(length * heads * chunk, length // chunk * heads * width * state, length * heads * width)
+    assert largest.elements <= 2 * documented < length * heads * width * state / 8
