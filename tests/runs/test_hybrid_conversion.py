@@ -27,7 +27,9 @@ def sizes_of(layout: str) -> str:
     return f"--tensor-model-parallel-size {tp} --pipeline-model-parallel-size {pp} "
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param("untied", marks=pytest.mark.slow), "gated, tied, with biases"]
+)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One trained model as runs of each layout write it in the torch format."""
     folder, model = tmp_path_factory.mktemp("written"), MODELS[request.param]

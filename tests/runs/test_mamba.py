@@ -75,10 +75,10 @@ CASES = {
     "plain pp2": (2, 1, PLAIN, PP2),
     "gated tp2 + sp x pp2": (4, 2, GATED, TP2 + PP2 + "--sequence-parallel"),
 }  # fmt: skip
-IN_SINGLE_PRECISION = ("tp2 + sp x pp2", "dp2 + distopt + overlap")
+IN_SINGLE_PRECISION = ("tp2 + sp x pp2",)
 #: One case per mechanism; the others are combinations and variants of them.
 QUICK = (
-    "tp2", "tp2 + sp", "pp2", "pp2 uneven", "dp2 + distopt + overlap", "tp2 + sp x pp2", "recompute uniform",
+    "tp2 + sp", "pp2", "pp2 uneven", "dp2 + distopt + overlap", "tp2 + sp x pp2", "recompute uniform",
     "recompute selective", "plain tp2", "gated tp2 + sp x pp2",
 )  # fmt: skip
 slow = pytest.mark.slow
@@ -131,7 +131,11 @@ DISTOPT = " --use-distributed-optimizer "
 
 @pytest.mark.parametrize(
     ("ranks", "tp", "layout"),
-    [(1, 1, ""), (2, 1, PP2), (4, 4, "--tensor-model-parallel-size 4 --sequence-parallel")],
+    [
+        (1, 1, ""),
+        (2, 1, PP2),
+        pytest.param(4, 4, "--tensor-model-parallel-size 4 --sequence-parallel", marks=slow),
+    ],
     ids=["tp1", "pp2", "tp4"],
 )
 @pytest.mark.parametrize(
@@ -215,3 +219,10 @@ def test_a_wide_residual_stream_crosses_stages(script: str) -> None:
     expected = run_gang(1, observe, words, script)[0]
     for worst in run_gang(2, compare, [*words, *PP2.split()], expected, script):
         assert worst.gradient[0] < 1e-2 and worst.token_loss[0] < 1e-3, worst
+
+
+def test_flags_that_do_nothing_are_named() -> None:
+    [printed] = run_gang(
+        1, run_script, [*flags(PLAIN), "--transformer-impl", "local", "--train-iters", "1"], SCRIPT
+    )
+    assert "--transformer-impl has no effect on hybrid models" in printed

@@ -31,7 +31,10 @@ _OF_GENERATION = {"inference_batch_times_seqlen_threshold", "max_tokens_to_oom"}
 #: By what is trained: arguments that it does not read.
 UNREAD: dict[str, frozenset[str]] = {
     "GPT": frozenset({*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length"}),
-    "hybrid models": frozenset({*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length"}),
+    # What their layers are made of stands in --spec.
+    "hybrid models": frozenset(
+        {*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length", "transformer_impl"}
+    ),
     "BERT": frozenset({*_OF_DOCUMENTS, *_OF_GENERATION, "decoder_seq_length"}),
     "T5": frozenset({*_OF_DOCUMENTS, *_OF_GENERATION, "bert_binary_head"}),
 }
