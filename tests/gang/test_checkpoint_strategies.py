@@ -163,10 +163,14 @@ def test_places_outside_a_tensor(kind: type[Exception], offsets: list[tuple[int,
 def test_formats_that_nothing_here_knows() -> None:
     """The message names the formats that are known, whatever was imported before."""
     with pytest.raises(
-        CheckpointingException, match=r"load sharded .*\(known: torch_dist 1\).*with the program"
+        CheckpointingException, match=r"load sharded .*\(known: torch_dist 1, zarr 1\).*with the program"
     ):
-        get_default_strategy(StrategyAction.LOAD_SHARDED, "zarr", 1)
+        get_default_strategy(StrategyAction.LOAD_SHARDED, "zarr", 2)
     with pytest.raises(
         CheckpointingException, match=r"save common .*\(known: torch 1\).* choose a known one"
     ):
         get_default_strategy(StrategyAction.SAVE_COMMON, "zarr", 1)
+    with pytest.raises(
+        CheckpointingException, match=r"save sharded .*\(known: torch_dist 1\).* choose a known one"
+    ):
+        get_default_strategy(StrategyAction.SAVE_SHARDED, "zarr", 1)

@@ -28,6 +28,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.gang.harness import run_gang
+from tests.unit.checkpointing.zarr_files import zarr_copy
 
 GOLDEN = Path(__file__).parents[1] / "golden/checkpoints/opt"
 ITERATION = "iter_0000002"
@@ -193,13 +194,34 @@ RESUMES = [
 
 @pytest.mark.parametrize("name,ranks,tp,pp,ddp,kind", RESUMES)
 def test_recorded_run_continues(checkpoints, name, ranks, tp, pp, ddp, kind):
+    results = run_gang(ranks, _resume, str(checkpoints / name), tp, pp, ddp, kind)
+    _check_continues(name, results, compare_weights=tp == pp == 1)
+
+
+@pytest.mark.parametrize(
+    "name,ranks,tp,pp,ddp,kind",
+    [
+        ("td_dp1", 1, 1, 1, {}, {}),
+        ("td_dp2_distopt", 2, 1, 1, SHARDED, {}),
+        ("td_dp2_distopt", 4, 2, 1, SHARDED, {}),
+        ("td_dp2_dpzero", 2, 1, 1, SHARDED, DPZERO),
+    ],
+)
+def test_recorded_run_continues_from_the_older_format(checkpoints, tmp_path, name, ranks, tp, pp, ddp, kind):
+    """The recorded distributed checkpoint rewritten as zarr, where optimizer state lies unflattened."""
+    zarr_copy(checkpoints / name / ITERATION, tmp_path / ITERATION)
+    results = run_gang(ranks, _resume, str(tmp_path), tp, pp, ddp, kind)
+    _check_continues(name, results, compare_weights=tp == pp == 1)
+
+
+def _check_continues(name: str, results: list[Any], compare_weights: bool) -> None:
     recorded = np.load(GOLDEN / "resume.npz")[f"{name}/run/traj"][2:]
     final = np.load(GOLDEN / "params_after_step4.npz")
-    for rows, weights in run_gang(ranks, _resume, str(checkpoints / name), tp, pp, ddp, kind):
+    for rows, weights in results:
         for (loss, norm), (recorded_loss, recorded_norm) in zip(rows, recorded):
             assert loss is None or loss == pytest.approx(recorded_loss, abs=1e-6)
             assert norm == pytest.approx(recorded_norm, rel=2e-6)
-        if tp == pp == 1:
+        if compare_weights:
             for key, value in weights.items():
                 deviation = (value - torch.from_numpy(final[key])).abs()
                 if key.endswith("linear_qkv.bias"):

@@ -12,6 +12,7 @@ import pytest
 
 from tests.gang import recorded_checkpoints as recorded
 from tests.gang.harness import run_gang
+from tests.unit.checkpointing.zarr_files import zarr_copy
 
 # (model, directory, ranks, flags in addition to the recorded ones)
 _OLD = ["--no-load-rng"]
@@ -81,6 +82,22 @@ def test_recorded_checkpoint(unpacked: Path, model: str, layout: str, world: int
     last = results[-1]
     assert last["logits"] is not None
     assert sum(_losses(last)[-1].values()) < sum(_losses(last)[0].values()) - 1e-3
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "extra"), [("llama", 2, ["--tensor-model-parallel-size", "2"]), ("moe", 1, [])]
+)
+def test_recorded_weights_in_the_older_format(
+    unpacked: Path, tmp_path: Path, model: str, world: int, extra: list[str]
+) -> None:
+    """v0.9's distributed checkpoint, rewritten as zarr: the recorded logits, in a layout of one's choice."""
+    directory = zarr_copy(unpacked / model / "torch_dist" / "iter_0000100", tmp_path / "iter_0000100")
+    (directory.parent / "latest_checkpointed_iteration.txt").write_text("100")
+    cli = [*recorded.command_line(model, "torch_dist"), "--load", str(tmp_path), *extra, "--no-load-optim"]
+    expected = np.load(recorded.GOLDEN / model / "expected.npz")["logits"]
+    for result in run_gang(world, recorded.run, model, cli):
+        assert result["iteration"] == 100
+        assert np.abs(result["logits"] - expected).max() <= 1e-5
 
 
 def test_recorded_grouped_experts(unpacked: Path) -> None:

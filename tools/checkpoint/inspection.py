@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, durable
-from megatron.core.dist_checkpointing.core import COMMON_FNAME
+from megatron.core.dist_checkpointing import durable
+from megatron.core.dist_checkpointing.core import COMMON_FNAME, maybe_load_config
 from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.reading import Stored
 from megatron.core.dist_checkpointing.strategies.resharding import Box
-from megatron.core.dist_checkpointing.strategies.torch import StoredTensors
 from megatron.core.errors import CheckpointError, MegatronError
 from megatron.training.checkpointing.layout import checkpoint_exists, read_tracker
 
@@ -52,7 +53,7 @@ class Content:
     format: str
     common: dict[str, Any]
     tensors: dict[str, Any] = field(default_factory=dict)
-    stored: StoredTensors | None = None
+    stored: Stored | None = None
 
     @property
     def args(self) -> dict[str, Any]:
@@ -103,10 +104,12 @@ def open_checkpoint(directory: str) -> Content:
     path = Path(directory)
     if checkpoint_exists(directory):
         path /= read_tracker(directory).directory
-    if check_is_distributed_checkpoint(path):
-        stored = StoredTensors(path)
+    config = maybe_load_config(path)
+    if config is not None:
+        stored = get_default_load_sharded_strategy(str(path)).open(path)
         names = [key for key in stored.keys() if stored.is_tensor(key)]  # noqa: SIM118 not a mapping
-        return Content(path, "torch_dist", load_file(path / COMMON_FNAME), dict.fromkeys(names), stored)
+        common = load_file(path / COMMON_FNAME)
+        return Content(path, config.sharded_backend, common, dict.fromkeys(names), stored)
     files = sorted(
         path.glob("mp_rank_*/*.pt"), key=lambda file: (file.parent, file.name != "model_optim_rng.pt")
     )

@@ -12,8 +12,8 @@ import torch
 from megatron.core.dist_checkpointing import check_is_distributed_checkpoint, durable
 from megatron.core.dist_checkpointing.core import COMMON_FNAME
 from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.resharding import Box
-from megatron.core.dist_checkpointing.strategies.torch import StoredTensors
 from megatron.core.errors import CheckpointError
 from megatron.training.checkpointing.layout import read_tracker
 from megatron.training.checkpointing.legacy import adapt_weights, is_nested_layout
@@ -179,14 +179,14 @@ def _experts(ranks: list[dict[str, Any]], name: str, saved: Namespace) -> torch.
 
 
 class DistributedSource:
-    """A torch_dist checkpoint; every tensor is whole."""
+    """A distributed checkpoint; every tensor is whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         durable.verify(path)
         common = load_file(path / COMMON_FNAME)
         self.args, self.iteration = _arguments(common, path), common.get("iteration", 0)
-        self._stored = StoredTensors(path)
+        self._stored = get_default_load_sharded_strategy(str(path)).open(path)
         _refuse_hybrids(path, self._stored.keys())
 
     def parts(self, message: Message, entry: Entry) -> list[torch.Tensor] | None:

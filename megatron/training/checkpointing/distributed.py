@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import durable, serialization
 from megatron.core.dist_checkpointing.agreement import rank, together, world_size
-from megatron.core.dist_checkpointing.strategies.base import StrategyAction, get_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -113,7 +112,7 @@ def read(
     state = serialization.load(
         request,
         str(source.path),
-        _load_strategy(args),
+        _load_strategy(source.path, args),
         TorchCommonLoadStrategy(unsafe_allowed(args)),
         strict=args.dist_ckpt_strictness,
         key_fallbacks=key_fallbacks,
@@ -233,8 +232,8 @@ def _sharding_type(saved: Any) -> str:
     return _DP_ZERO if gathered else _MODEL_SPACE
 
 
-def _load_strategy(args: Namespace) -> Any:
-    strategy = get_default_strategy(StrategyAction.LOAD_SHARDED, "torch_dist", 1)
+def _load_strategy(directory: Path, args: Namespace) -> Any:
+    strategy: Any = serialization.get_default_load_sharded_strategy(str(directory))
     strategy = strategy.with_unsafe_pickle(unsafe_allowed(args))
     if args.ckpt_fully_parallel_load:
         return FullyParallelLoadStrategyWrapper(

@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.reading import Stored
 
 
 class StrategyAction(Enum):
@@ -29,6 +30,7 @@ default_strategies: dict[str, dict[tuple[str, int], Any]] = defaultdict(dict)
 _PROVIDERS = (
     "megatron.core.dist_checkpointing.strategies.common",
     "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.zarr",
 )
 
 
@@ -104,6 +106,12 @@ class LoadShardedStrategy(LoadStrategyBase):
     @abstractmethod
     def load_tensors_metadata(self, checkpoint_dir: Path) -> ShardedStateDict:
         """key -> ShardedTensor of the whole stored tensor, without data."""
+
+    def open(self, checkpoint_dir: Path) -> Stored:
+        """Random access to what is stored. CheckpointingException for a strategy that has none."""
+        raise CheckpointingException(
+            type(self).__name__, "it loads whole state dicts only", "load what is wanted with it"
+        )
 
     def load_sharded_metadata(self, checkpoint_dir: Path) -> ShardedStateDict:
         """As load_tensors_metadata, with the sharded objects by their unique keys if the strategy stores them."""

@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     _MEM_FORMAT_ENCODING,
@@ -60,9 +59,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     write_items,
 )
 from megatron.core.dist_checkpointing.strategies.mapped import MappedFile
+from megatron.core.dist_checkpointing.strategies.reading import read_record
 from megatron.core.dist_checkpointing.strategies.resharding import (
     Box,
-    cell_box,
     is_nd_flattened_tensor,
     reformulated_cell,
     stored_box,
@@ -479,10 +478,14 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
         """Objects lie in the same files."""
         return True
 
+    def open(self, checkpoint_dir: Path) -> StoredTensors:
+        """Random access to the files."""
+        return StoredTensors(checkpoint_dir, self.allow_unsafe_pickle)
+
     def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
         """The tree with every record replaced by its data; tensors are read into the records' own `data`."""
-        stored = StoredTensors(checkpoint_dir, self.allow_unsafe_pickle)
-        return dict_list_map_outplace(lambda record: _read_record(stored, record), sharded_state_dict)
+        stored = self.open(checkpoint_dir)
+        return dict_list_map_outplace(lambda record: read_record(stored, record), sharded_state_dict)
 
     def load_tensors_metadata(
         self, checkpoint_dir: Path, metadata: Metadata | None = None
@@ -524,71 +527,6 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
         if loaded_version > 1:
             why = f"version {loaded_version} of its format is newer than 1"
             raise CheckpointingException("sharded part of the checkpoint", why, "update this program")
-
-
-def _read_record(stored: StoredTensors, record: Any) -> Any:
-    if isinstance(record, ShardedObject):
-        if record.unique_key not in stored:
-            if record.key.endswith("_extra_state"):
-                # Of a module that another implementation does not have, or that kept no fp8 scales.
-                return None
-            raise _absent(stored, record.unique_key)
-        return stored.read_object(record.unique_key)
-    assert isinstance(record, ShardedTensor), "only tensors and objects are read"
-    if record.key not in stored:
-        raise _absent(stored, record.key)
-    shape = stored.shape(record.key)
-    same_rank = len(shape) == len(record.global_shape)
-    if not same_rank or (shape != tuple(record.global_shape) and not record.allow_shape_mismatch):
-        raise CheckpointingException(
-            f"Global shape mismatch for {record.key}",
-            f"{shape} in {stored.directory}, {tuple(record.global_shape)} in this run",
-            "give the run the checkpoint's architecture",
-        )
-    record.init_data("cpu")
-    assert record.data is not None, "data was allocated"
-    _read_tensor(stored, record)
-    return record.data
-
-
-def _read_tensor(stored: StoredTensors, record: ShardedTensor) -> None:
-    assert record.data is not None, "data was allocated"
-    target, cell = record.data.detach(), cell_box(record)
-    if record.flattened_range is not None:
-        if target.numel() == 0:
-            return
-        if not record.allow_shape_mismatch and stored.read_flat(
-            record.key, cell, record.flattened_range, target
-        ):
-            return
-        whole = torch.zeros(cell.shape, dtype=stored.dtype(record.key))
-        found = stored.read_box(record.key, cell, whole)
-        target.copy_(whole.flatten()[record.flattened_range])
-    else:
-        view = target.view(cell.shape) if target.is_contiguous() else target.reshape(cell.shape)
-        if record.allow_shape_mismatch and stored.shape(record.key) != tuple(record.global_shape):
-            view.zero_()
-        found = stored.read_box(record.key, cell, view)
-        if view.data_ptr() != target.data_ptr():
-            target.copy_(view.view(target.shape))
-    if found != cell.numel() and not record.allow_shape_mismatch:
-        why = f"only {found} of the {cell.numel()} elements of a piece of {record.key} are stored"
-        raise CheckpointingException(str(stored.directory), why, "use an earlier checkpoint")
-
-
-class NotStoredError(CheckpointingException, TorchCheckpointException):
-    """A requested key is not in the checkpoint: torch's own error too, which v0.9 lets its callers catch here."""
-
-    failures = {}
-    __str__ = Exception.__str__
-
-
-def _absent(stored: StoredTensors, key: str) -> NotStoredError:
-    return NotStoredError(
-        str(stored.directory),
-        f"it does not contain {key}",
-        "give the run the checkpoint's architecture, or choose another --dist-ckpt-strictness",
-    )
 
 
 def register_default_torch_strategies() -> None:
