@@ -177,6 +177,18 @@ def conversion_has_both_ends(args: Any) -> bool:
     return args.ckpt_convert_format is None or ends
 
 
+@rule(GIVEN, "--ckpt-convert-format", bad="--ckpt-convert-format zarr --load ckpt --ckpt-convert-save other",
+      why="the zarr format is read, not written", fix="convert to torch_dist or torch")
+def conversion_is_to_a_written_format(args: Any) -> bool:
+    return args.ckpt_convert_format != "zarr"
+
+
+@rule(GIVEN, "--ckpt-format", "--save", bad="--ckpt-format zarr --save ckpt --save-interval 1",
+      why="the zarr format is read, not written", fix="give --ckpt-format torch_dist; --load finds its format out by itself")
+def saved_format_is_written(args: Any) -> bool:
+    return args.save is None or args.ckpt_format != "zarr"
+
+
 @rule(GIVEN, "--ckpt-step", "--load", bad="--ckpt-step 10", why="there is no directory to find this iteration in",
       fix="give --load")
 def step_needs_a_checkpoint(args: Any) -> bool:
