@@ -189,6 +189,12 @@ def saved_format_is_written(args: Any) -> bool:
     return args.save is None or args.ckpt_format != "zarr"
 
 
+@rule(GIVEN, "--async-save", "--ckpt-format", bad="--async-save --ckpt-format torch --save ckpt --save-interval 1",
+      why="the torch format is written while training waits", fix="give --ckpt-format torch_dist, or drop --async-save")
+def format_is_written_in_the_background(args: Any) -> bool:
+    return args.save is None or not args.async_save or args.ckpt_format != "torch"
+
+
 @rule(GIVEN, "--ckpt-step", "--load", bad="--ckpt-step 10", why="there is no directory to find this iteration in",
       fix="give --load")
 def step_needs_a_checkpoint(args: Any) -> bool:
