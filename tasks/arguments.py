@@ -52,10 +52,12 @@ class TasksConfig:
 
 #: Which flags of the tasks, and of training, a kind of task reads; the start-up report names typed ones that it does not.
 _OF_FINETUNING = {"epochs", "keep_last", "train_data", "pretrained_checkpoint"}
+_OF_ZERO_SHOT = {"overlapping_eval", "strict_lambada"}
+_OF_PRETRAINING = {"mask_prob", "short_seq_prob", "bert_binary_head", "train_iters", "train_samples"}
 _UNREAD = {
-    "WIKITEXT103": _OF_FINETUNING | {"strict_lambada"},
-    "LAMBADA": _OF_FINETUNING | {"overlapping_eval"},
-    **{task: {"overlapping_eval", "strict_lambada", "train_iters", "train_samples"} for task in FINETUNED},
+    "WIKITEXT103": rules.UNREAD["GPT"] | _OF_FINETUNING | {"strict_lambada"},
+    "LAMBADA": rules.UNREAD["GPT"] | _OF_FINETUNING | {"overlapping_eval"},
+    **dict.fromkeys(FINETUNED, rules.UNREAD["BERT"] | _OF_PRETRAINING | _OF_ZERO_SHOT),
 }
 
 #: Checked for every task.

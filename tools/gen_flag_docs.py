@@ -20,9 +20,10 @@ All entry points (`pretrain_{gpt,bert,t5,mamba}.py`) take these flags; names, ty
 core v0.9, the group *extras* excepted.
 
 What the last column says: nothing, the flag does what its help says; *needs*, it has an effect only beside these flags, and
-the start-up report says so where they are missing; **GPU**, it has no effect without a CUDA device, and **no effect**, it is
-accepted, and the report says so too; **deprecated**, it works and another flag is better; **unsupported**, a value other
-than the default stops the run with this reason.
+the start-up report says so where they are missing; *not beside*, it has none beside these, and the report says so too;
+**GPU**, it has no effect without a CUDA device, and **no effect**, it is accepted, and both are said likewise;
+**deprecated**, it works and another flag is better; **unsupported**, a value other than the default stops the run with this
+reason.
 """
 
 
@@ -48,6 +49,9 @@ def _default(flag: Flag) -> str:
 
 def _status(flag: Flag) -> str:
     notes = [f"needs {' and '.join(f'`{condition}`' for condition in flag.needs)}"] if flag.needs else []
+    notes += (
+        [f"not beside {' or '.join(f'`{condition}`' for condition in flag.unless)}"] if flag.unless else []
+    )
     if flag.status == "gpu":
         notes.insert(0, "**GPU**")
     elif flag.status != "stable":

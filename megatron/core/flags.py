@@ -31,7 +31,7 @@ class Flag:
     `default` is the library's, `cli_default` the command line's (they differ where v0.9's differ). `parse` converts
     the text, None leaves it as it is. `inverted` means that the field holds `not args.<dest>`. `instead` is the flag that
     took this one's place. `needs` are what must be given too for this flag to have an effect, each a flag, with its value
-    if one is meant, or several joined by " or ".
+    if one is meant, or several joined by " or "; beside any one of `unless`, spelled alike, it has none.
     """
 
     field: str
@@ -49,6 +49,7 @@ class Flag:
     reason: str | None
     instead: str | None
     needs: tuple[str, ...]
+    unless: tuple[str, ...]
     inverted: bool
 
 
@@ -101,6 +102,7 @@ def flag(
     reason: str | None = None,
     instead: str | None = None,
     needs: str | tuple[str, ...] = (),
+    unless: str | tuple[str, ...] = (),
     inverted: bool = False,
     kw_only: bool = False,
 ) -> Any:
@@ -109,7 +111,8 @@ def flag(
     Without `on` or `off` the flag is spelled like the field. `off` names a flag that switches the field off; a field
     annotated `bool` is otherwise switched on, and any other annotation names the type of the flag's value.
     A `status` other than "stable" and "gpu" needs a `reason`, which users read, and may name the flag to give `instead`.
-    One that acts only beside others (see `Flag.needs`) says so; without them its user is told that it does nothing.
+    One that acts only beside others, or only without them, says so (`needs`, `unless`: see `Flag`); its user is told
+    where it does nothing.
     """
     options = dict(locals())
     del options["kw_only"]
@@ -138,7 +141,7 @@ def _value_type(annotation: str) -> Callable[[str], Any]:
 
 def _resolve(name: str, annotation: str, options: dict[str, Any]) -> Flag:
     on, off, parse, cli_default = options["on"], options["off"], options["parse"], options["cli_default"]
-    needs = options["needs"]
+    needs, unless = options["needs"], options["unless"]
     spelled = on or off or "--" + name.replace("_", "-")
     action: Action = "store"
     if parse is _INFER:
@@ -163,6 +166,7 @@ def _resolve(name: str, annotation: str, options: dict[str, Any]) -> Flag:
         reason=options["reason"],
         instead=options["instead"],
         needs=(needs,) if isinstance(needs, str) else needs,
+        unless=(unless,) if isinstance(unless, str) else unless,
         inverted=options["inverted"],
     )
 

@@ -358,6 +358,44 @@ def test_a_flag_that_needs_others_says_so_without_them(flag: Flag) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flag", "other"),
+    [(flag, other) for flag in parser.all_flags() for c in flag.unless for other in c.split(" or ")],
+    ids=lambda value: value.dest if isinstance(value, Flag) else value,
+)
+def test_a_flag_that_another_overrules_says_so(flag: Flag, other: str) -> None:
+    def complaints(*spelled: str) -> list[str]:
+        needed = [condition.split(" or ")[0] for condition in flag.needs]
+        argv = [*BASE.split(), *(word for name in (*needed, *spelled) for word in words(name))]
+        return [line for line in rules.ignored_flags(arguments.parse_args(argv=argv)) if "beside" in line]
+
+    assert complaints(flag.spellings[0]) == complaints(other) == []
+    assert complaints(flag.spellings[0], other) == [f"{flag.spellings[0]} has no effect beside {other}"]
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ("--fp16 --loss-scale 0 --hysteresis 3", ""),  # 0 asks for the dynamic scale
+        ("--fp16 --loss-scale 2 --hysteresis 3", "--hysteresis has no effect beside --loss-scale"),
+        ("--train-data-path a --valid-data-path s3://b/c --s3-cache-path d", ""),
+        ("--data-path 1 a 1 b --s3-cache-path d", "--s3-cache-path has no effect: no data path is in"),
+        ("--wandb-project p --wandb-exp-name e --tensorboard-dir t", ""),
+        ("--wandb-project p --wandb-exp-name e", "--wandb-project receives no losses"),
+        ("--load a --ckpt-convert-format torch_dist --ckpt-convert-save b --no-save-rng", ""),
+        (
+            "--load a --ckpt-convert-format torch_dist --ckpt-convert-save b --ckpt-format torch "
+            "--no-ckpt-fully-parallel-save",
+            "",
+        ),
+        ("--load a --non-persistent-ckpt-type global --non-persistent-global-ckpt-dir b", ""),
+    ],
+)
+def test_notices_are_true(more: str, line: str) -> None:
+    said = [text for text in arguments.notices(finished(more)) if text.startswith("--") and " no " in text]
+    assert [text.startswith(line) for text in said] == ([True] if line else [])
+
+
+@pytest.mark.parametrize(
     ("model", "script"), [("GPT", "gpt"), ("hybrid models", "mamba"), ("BERT", "bert"), ("T5", "t5")]
 )
 def test_flags_for_other_models_are_named(model: str, script: str) -> None:

@@ -14,7 +14,7 @@ class DistributedDataParallelConfig:
     # fmt: off
     grad_reduce_in_fp32: bool = flag(
         False, on="--accumulate-allreduce-grads-in-fp32", dest="accumulate_allreduce_grads_in_fp32",
-        group="mixed precision",
+        group="mixed precision", needs="--fp16 or --bf16",
         help="Accumulate and reduce gradients in fp32 whatever the parameters' type (--bf16 switches this on).")
     overlap_grad_reduce: bool = flag(
         False, group="distributed",
@@ -25,7 +25,7 @@ class DistributedDataParallelConfig:
         "pass that needs them.")
     align_param_gather: bool = flag(
         False, cli_default=True, off="--no-align-param-gather", group="distributed",
-        needs="--overlap-param-gather",
+        needs=("--overlap-param-gather", "--num-layers-per-virtual-pipeline-stage"),
         help="Let every pipeline stage start parameter gathers on its own instead of all at the same moment.")
     use_distributed_optimizer: bool = flag(
         False, group="distributed",

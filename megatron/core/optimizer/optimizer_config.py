@@ -20,14 +20,17 @@ class OptimizerConfig:
         None, group="learning rate",
         help="Peak learning rate, reached after warm-up and followed by the chosen decay.")
     min_lr: float | None = flag(
-        None, cli_default=0.0, group="learning rate", help="Lower bound of the learning rate.")
+        None, cli_default=0.0, group="learning rate",
+        unless="--lr-decay-style constant", help="Lower bound of the learning rate.")
     decoupled_lr: float | None = flag(
         None, group="learning rate", help="Peak learning rate of the input embedding and the output layer alone.")
     decoupled_min_lr: float | None = flag(
         None, group="learning rate",
         needs="--decoupled-lr", help="Lower bound of the learning rate set by --decoupled-lr.")
     weight_decay: float = flag(
-        0.01, group="regularization", help="Weight decay of matrices; biases and norms have none.")
+        0.01, group="regularization",
+        unless="--weight-decay-incr-style linear or --weight-decay-incr-style cosine",
+        help="Weight decay of matrices; biases and norms have none.")
     fp16: bool = from_args("fp16", default=False)
     bf16: bool = from_args("bf16", default=False)
     params_dtype: torch.dtype = from_args("params_dtype", default=torch.float32)
@@ -36,14 +39,15 @@ class OptimizerConfig:
         needs="--fp16 or --bf16 or --use-distributed-optimizer",
         help="Constant loss scale, a power of two; without it fp16 uses a dynamic scale.")
     initial_loss_scale: float = flag(
-        2**32, group="mixed precision", needs="--fp16", help="First value of the dynamic loss scale.")
+        2**32, group="mixed precision", needs="--fp16", unless="--loss-scale", help="First value of the dynamic loss scale.")
     min_loss_scale: float = flag(
-        1.0, group="mixed precision", needs="--fp16", help="Lower bound of the dynamic loss scale.")
+        1.0, group="mixed precision", needs="--fp16", unless="--loss-scale", help="Lower bound of the dynamic loss scale.")
     loss_scale_window: float = flag(
         1000, group="mixed precision",
-        needs="--fp16", help="Steps without overflow after which the dynamic loss scale doubles.")
+        needs="--fp16", unless="--loss-scale", help="Steps without overflow after which the dynamic loss scale doubles.")
     hysteresis: int = flag(
-        2, group="mixed precision", needs="--fp16", help="Overflows tolerated before the dynamic loss scale halves.")
+        2, group="mixed precision",
+        needs="--fp16", unless="--loss-scale", help="Overflows tolerated before the dynamic loss scale halves.")
     adam_beta1: float = flag(
         0.9, group="regularization", needs="--optimizer adam", help="Adam: decay of the running mean of gradients.")
     adam_beta2: float = flag(

@@ -98,7 +98,9 @@ class TransformerConfig(ModelParallelConfig):
     qk_layernorm: bool = flag(
         False, group="network size", help="Normalise queries and keys per head before attention.")
     test_mode: bool = flag(
-        False, group="validation", help="Check while running that replicated norm weights and biases stay equal.")
+        False, group="validation",
+        needs="--qk-layernorm",
+        help="Check while running that the norms of queries and keys stay equal on all tensor-parallel ranks.")
     calculate_per_token_loss: bool = flag(
         False, group="training",
         help="Divide gradients by the number of tokens in the global batch instead of microbatch by microbatch.")
@@ -188,7 +190,8 @@ class TransformerConfig(ModelParallelConfig):
         "allgather", choices=("allgather", "alltoall", "alltoall_seq"), group="moe",
         needs="--num-experts", help="How tokens reach the ranks of their experts.")
     moe_per_layer_logging: bool = flag(
-        False, group="moe", needs="--num-experts", help="Log router losses layer by layer.")
+        False, group="moe",
+        needs=("--num-experts", "--tensorboard-dir or --wandb-project"), help="Log router losses layer by layer.")
     moe_expert_capacity_factor: float | None = flag(
         None, group="moe",
         needs="--num-experts", help="Tokens an expert takes, relative to an even share; the rest is dropped. "

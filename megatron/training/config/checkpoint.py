@@ -22,21 +22,27 @@ class CheckpointConfig:
     save_interval: int | None = flag(
         None, on=("--save-interval", "--persistent-save-interval"), group="checkpointing",
         needs="--save", help="Steps between checkpoints.")
-    no_save_optim: bool | None = flag(None, group="checkpointing", needs="--save", help="Save no optimizer state.")
-    no_save_rng: bool | None = flag(None, group="checkpointing", needs="--save", help="Save no random state.")
+    no_save_optim: bool | None = flag(
+        None, group="checkpointing", needs="--save or --ckpt-convert-save", help="Save no optimizer state.")
+    no_save_rng: bool | None = flag(
+        None, group="checkpointing", needs="--save or --ckpt-convert-save", help="Save no random state.")
     load: str | None = flag(None, group="checkpointing", help="Directory to load a checkpoint from.")
     no_load_optim: bool | None = flag(
         None, group="checkpointing", needs="--load or --pretrained-checkpoint", help="Load no optimizer state.")
     no_load_rng: bool | None = flag(
         None, group="checkpointing", needs="--load or --pretrained-checkpoint", help="Load no random state.")
     non_persistent_save_interval: int | None = flag(
-        None, group="checkpointing", needs="--save", help="Steps between checkpoints of which only the newest is kept.")
+        None, group="checkpointing",
+        needs="--save or --load", help="Steps between checkpoints of which only the newest is kept.")
     non_persistent_ckpt_type: str | None = flag(
-        None, choices=("global", "local", "in_memory", None), group="checkpointing", status="noop",
-        reason="global is the only kind there is",
-        help="Kind of those checkpoints: `global` is a distributed one on a shared file system.")
+        None, choices=("global", "local", "in_memory", None), group="checkpointing",
+        needs="--non-persistent-save-interval or --load",
+        help="Kind of those checkpoints: `global`, the only one, is a distributed one on a shared file system. With --load "
+        "they are looked for even if none are saved.")
     non_persistent_global_ckpt_dir: str | None = flag(
-        None, group="checkpointing", help="Directory for those of kind global; default a folder inside --save.")
+        None, group="checkpointing",
+        needs="--non-persistent-save-interval or --non-persistent-ckpt-type",
+        help="Directory for those of kind global; default a folder inside --save.")
     non_persistent_local_ckpt_dir: str | None = flag(
         None, group="checkpointing", status="unsupported", reason="node-local checkpoints do not work in v0.9 either",
         help="Directory for those of kind local.")
@@ -82,10 +88,11 @@ class CheckpointConfig:
         help="Let all data-parallel ranks write their share.")
     ckpt_fully_parallel_save: bool = flag(
         True, off="--no-ckpt-fully-parallel-save", group="checkpointing",
-        needs=("--save", "--ckpt-format torch_dist"),
+        needs=("--save or --ckpt-convert-save", "--ckpt-format torch_dist or --ckpt-convert-format torch_dist"),
         help="Let the first data-parallel rank write everything instead of all ranks their share.")
     async_save: bool | None = flag(
-        None, group="checkpointing", needs="--save", help="Write checkpoints while training goes on.")
+        None, group="checkpointing",
+        needs="--save or --ckpt-convert-save", help="Write checkpoints while training goes on.")
     ckpt_fully_parallel_load: bool = flag(
         False, group="checkpointing",
         needs="--load or --pretrained-checkpoint", help="Let data-parallel ranks read shares and exchange them.")

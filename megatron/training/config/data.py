@@ -20,7 +20,7 @@ class DataConfig:
         needs="--data-path or --train-data-path",
         help="Correct blend weights so that no dataset needs more samples than its share promises.")
     split: str | None = flag(
-        None, group="data and dataloader",
+        None, group="data and dataloader", unless="--mock-data",
         help="Shares of documents for training, validation and test, such as 90,5,5; default 969, 30, 1.")
     train_data_path: list[str] | None = flag(
         None, parse=None, nargs="*", group="data and dataloader", help="Like --data-path, for training alone.")
@@ -29,10 +29,11 @@ class DataConfig:
     test_data_path: list[str] | None = flag(
         None, parse=None, nargs="*", group="data and dataloader", help="Like --data-path, for the test alone.")
     data_cache_path: str | None = flag(
-        None, parse=None, group="data and dataloader",
+        None, parse=None, group="data and dataloader", unless="--mock-data",
         help="Directory for sample indices; default a folder beside the data.")
     mmap_bin_files: bool = flag(
-        True, off="--no-mmap-bin-files", group="data and dataloader", help="Read .bin files instead of mapping them.")
+        True, off="--no-mmap-bin-files", group="data and dataloader",
+        unless="--mock-data", help="Read .bin files instead of mapping them.")
     mock_data: bool = flag(
         False, group="data and dataloader", help="Train on generated samples, to try things out without files.")
     seq_length: int | None = flag(None, group="data and dataloader", help="Tokens per sample.")
@@ -53,9 +54,10 @@ class DataConfig:
         True, off="--no-create-attention-mask-in-dataloader", group="data and dataloader",
         help="Do not build attention masks with the samples; attention builds its own.")
     num_dataset_builder_threads: int = flag(
-        1, group="data and dataloader", help="Threads that open the datasets of a blend.")
+        1, group="data and dataloader", unless="--mock-data", help="Threads that open the datasets of a blend.")
     s3_cache_path: str | None = flag(
-        None, group="data and dataloader", help="Directory for index files of datasets in object storage.")
+        None, group="data and dataloader",
+        unless="--mock-data", help="Directory for index files of datasets in object storage.")
     dataloader_type: str | None = flag(
         None, choices=("single", "cyclic", "external"), group="training",
         help="One pass in order (single, the default), endless shuffled passes (cyclic), or an iterator of your own.")

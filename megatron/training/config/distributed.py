@@ -28,7 +28,7 @@ class DistributedConfig:
         10, group="distributed", help="Minutes after which a collective that does not end is an error.")
     align_grad_reduce: bool = flag(
         True, off="--no-align-grad-reduce", group="distributed",
-        needs="--overlap-grad-reduce",
+        needs=("--overlap-grad-reduce", "--pipeline-model-parallel-size"),
         help="Let every pipeline stage start gradient reductions on its own instead of all at the same moment.")
     scatter_gather_tensors_in_pipeline: bool = flag(
         True, off="--no-scatter-gather-tensors-in-pipeline", group="distributed", status="noop",

@@ -19,7 +19,8 @@ class ExtrasConfig:
         None, on=("--keep-last", "--keep-last-checkpoints"), group="extras",
         needs="--save", help="Keep this many newest checkpoints in --save and delete older ones.")
     allow_unsafe_pickle: bool = flag(
-        False, group="extras", help="Load checkpoint files that can run code. Only for files you trust.")
+        False, group="extras",
+        needs="--load or --pretrained-checkpoint", help="Load checkpoint files that can run code. Only for files you trust.")
     print_config: bool = flag(
         False, group="extras", help="Print every value, where it comes from, and end.")
     metrics_file: str | None = flag(

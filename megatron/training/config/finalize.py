@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron.core import device
+from megatron.core.datasets.utils_s3 import is_object_storage_path
 from megatron.core.errors import FlagError
 from megatron.core.flags import Step, step
 from megatron.core.kernels import capability
@@ -108,6 +109,22 @@ def data_split(args: Any) -> str | None:
         return None
     args.split = DEFAULT_SPLIT
     return f"--split is not given: documents go to training, validation and test as {DEFAULT_SPLIT}"
+
+
+@step(STEPS, reads="s3_cache_path data_path train_data_path valid_data_path test_data_path", writes="")
+def object_storage(args: Any) -> str | None:
+    given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    paths = [path for paths in given for path in paths or ()]
+    if args.s3_cache_path is None or not paths or any(map(is_object_storage_path, paths)):
+        return None
+    return "--s3-cache-path has no effect: no data path is in object storage"
+
+
+@step(STEPS, reads="wandb_project tensorboard_dir", writes="")
+def weights_and_biases(args: Any) -> str | None:
+    if not args.wandb_project or args.tensorboard_dir:
+        return None
+    return "--wandb-project receives no losses: they go there with TensorBoard's entries, so add --tensorboard-dir"
 
 
 @step(STEPS, reads="global_batch_size micro_batch_size data_parallel_size", writes="global_batch_size")

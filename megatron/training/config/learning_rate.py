@@ -22,9 +22,11 @@ class LearningRateConfig:
     lr_decay_samples: int | None = flag(
         None, group="learning rate", help="Samples until --min-lr; default --train-samples.")
     lr_wsd_decay_samples: int | None = flag(
-        None, group="learning rate", needs="--lr-decay-style WSD", help="Samples in the last phase of WSD.")
+        None, group="learning rate",
+        needs=("--lr-decay-style WSD", "--train-samples"), help="Samples in the last phase of WSD.")
     lr_wsd_decay_iters: int | None = flag(
-        None, group="learning rate", needs="--lr-decay-style WSD", help="Steps in the last phase of WSD.")
+        None, group="learning rate",
+        needs="--lr-decay-style WSD", unless="--train-samples", help="Steps in the last phase of WSD.")
     lr_warmup_fraction: float | None = flag(
         None, group="learning rate", help="Warm-up as a share of the decay length, instead of steps or samples.")
     lr_warmup_iters: int = flag(0, group="learning rate", help="Steps of linear warm-up.")
@@ -37,9 +39,11 @@ class LearningRateConfig:
         help="Old name of --lr-warmup-fraction, as a percentage.")
     override_opt_param_scheduler: bool = flag(
         False, on="--override-opt_param-scheduler", group="learning rate",
+        needs="--load",
         help="Take the schedule from the command line, whatever the checkpoint holds.")
     use_checkpoint_opt_param_scheduler: bool = flag(
         False, on="--use-checkpoint-opt_param-scheduler", group="learning rate",
+        needs="--load",
         help="Take the schedule from the checkpoint, whatever the command line says.")
     # fmt: on
 

@@ -28,7 +28,8 @@ class LoggingConfig:
     tensorboard_queue_size: int = flag(
         1000, group="logging", needs="--tensorboard-dir", help="Entries TensorBoard holds back before writing.")
     log_timers_to_tensorboard: bool = flag(
-        False, group="logging", needs="--tensorboard-dir", help="Write timers to TensorBoard.")
+        False, group="logging",
+        needs="--tensorboard-dir or --wandb-project", help="Write timers to TensorBoard.")
     log_loss_scale_to_tensorboard: bool = flag(
         True, off="--no-log-loss-scale-to-tensorboard", group="logging",
         needs="--tensorboard-dir", help="Do not write the loss scale to TensorBoard.")

@@ -126,6 +126,8 @@ def describe(flag: Flag) -> str:
         notes.append(f"{flag.status}: {explanation(flag)}")
     if flag.needs:
         notes.append(f"needs {' and '.join(flag.needs)}")
+    if flag.unless:
+        notes.append(f"no effect beside {' or '.join(flag.unless)}")
     return f"{flag.help} ({'; '.join(notes)})" if notes else flag.help
 
 

@@ -36,7 +36,8 @@ class TrainingConfig:
     exit_duration_in_mins: int | None = flag(None, group="training", help="End the process after this many minutes.")
     exit_signal_handler: bool = flag(False, group="training", help="On SIGTERM save a checkpoint and end.")
     bias_gelu_fusion: bool = flag(
-        True, off="--no-bias-gelu-fusion", group="training", help="Do not fuse bias and GELU.")
+        True, off="--no-bias-gelu-fusion", group="training",
+        unless="--swiglu or --squared-relu or --openai-gelu or --disable-bias-linear", help="Do not fuse bias and GELU.")
     bias_swiglu_fusion: bool = flag(
         True, off="--no-bias-swiglu-fusion", group="training", needs="--swiglu", help="Do not fuse bias and SwiGLU.")
     empty_unused_memory_level: int = flag(

@@ -13,6 +13,7 @@ class ValidationConfig:
 
     # fmt: off
     eval_iters: int = flag(100, group="validation", help="Batches per evaluation; 0 switches evaluation off.")
-    eval_interval: int = flag(1000, group="validation", help="Steps between evaluations.")
+    eval_interval: int = flag(
+        1000, group="validation", unless="--eval-iters 0", help="Steps between evaluations.")
     skip_train: bool = flag(False, group="validation", help="Load, evaluate and end.")
     # fmt: on

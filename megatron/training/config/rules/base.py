@@ -28,15 +28,18 @@ _OF_DOCUMENTS = {
     "create_attention_mask_in_dataloader",
 }
 _OF_GENERATION = {"inference_batch_times_seqlen_threshold", "max_tokens_to_oom"}
+_OF_PAIRS = {"decoder_num_layers", "decoder_seq_length"}
+#: BERT and T5 build their layers without norms of queries and keys, rotate with one base, and read local files.
+_OF_GPT = {*_OF_DOCUMENTS, "qk_layernorm", "rotary_base", "s3_cache_path"}
 #: By what is trained: arguments that it does not read.
 UNREAD: dict[str, frozenset[str]] = {
-    "GPT": frozenset({*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length"}),
+    "GPT": frozenset({*_OF_MASKING, *_OF_GENERATION, *_OF_PAIRS, "bert_binary_head"}),
     # What their layers are made of stands in --spec.
     "hybrid models": frozenset(
-        {*_OF_MASKING, *_OF_GENERATION, "bert_binary_head", "decoder_seq_length", "transformer_impl"}
+        {*_OF_MASKING, *_OF_GENERATION, *_OF_PAIRS, "bert_binary_head", "transformer_impl"}
     ),
-    "BERT": frozenset({*_OF_DOCUMENTS, *_OF_GENERATION, "decoder_seq_length"}),
-    "T5": frozenset({*_OF_DOCUMENTS, *_OF_GENERATION, "bert_binary_head"}),
+    "BERT": frozenset({*_OF_GPT, *_OF_GENERATION, *_OF_PAIRS}),
+    "T5": frozenset({*_OF_GPT, *_OF_GENERATION, "bert_binary_head", "spec"}),
 }
 
 
@@ -56,16 +59,20 @@ def check_supported(args: Any) -> None:
             raise FlagError(flag.spellings[0], f"not supported: {flag.reason}", fix)
 
 
-def _given(condition: str, args: Any) -> bool:
-    """Whether one of the flags of `Flag.needs` is away from its default, or has the value named there."""
+def _given(condition: str, args: Any) -> str | None:
+    """Which of the alternatives of a `Flag.needs` or `Flag.unless` holds: the flag has the value named there, or any.
+
+    A number that is 0 is none: it switches off what it is the size of.
+    """
     spelled = {spelling: flag for flag in all_flags() for spelling in flag.spellings}
     for alternative in condition.split(" or "):
         spelling, _, value = alternative.partition(" ")
         flag = spelled[spelling]
         present = getattr(args, flag.dest, flag.cli_default)
-        if str(present) == value if value else present != flag.cli_default:
-            return True
-    return False
+        switched_off = flag.action == "store" and present == 0
+        if str(present) == value if value else present != flag.cli_default and not switched_off:
+            return alternative
+    return None
 
 
 def _line(flag: Flag, args: Any) -> str | None:
@@ -75,8 +82,11 @@ def _line(flag: Flag, args: Any) -> str | None:
     if flag.status == "gpu" and not capability.probe().has_cuda:
         return f"{flag.spellings[0]} has no effect: it needs a CUDA device"
     for condition in flag.needs:
-        if not _given(condition, args):
+        if _given(condition, args) is None:
             return f"{flag.spellings[0]} has no effect: it needs {condition}"
+    for condition in flag.unless:
+        if (decisive := _given(condition, args)) is not None:
+            return f"{flag.spellings[0]} has no effect beside {decisive}"
     return None
 
 

@@ -42,6 +42,12 @@ def layers_are_dense(args: Any) -> bool:
     return args.num_experts is None
 
 
+@_for_both("--use-rope-scaling", bad="--use-rope-scaling --position-embedding-type rope",
+           why="only GPT's rotary frequencies are scaled", fix="drop it")
+def rotation_is_plain(args: Any) -> bool:
+    return not args.use_rope_scaling
+
+
 @rule(BERT, "--calculate-per-token-loss", bad="--calculate-per-token-loss",
       why="BERT's loss has a part per word and a part per sample, so no count divides both", fix="drop it")
 def loss_is_a_mean(args: Any) -> bool:
