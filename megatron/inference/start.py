@@ -12,7 +12,7 @@ from megatron.core.errors import FlagError
 from megatron.core.flags import Rule
 from megatron.training.checkpointing import load_checkpoint
 from megatron.training.config import rules
-from megatron.training.initialize import initialize_megatron, start_distributed
+from megatron.training.initialize import initialize_megatron, print_start_report, start_distributed
 from megatron.training.setup import ModelProvider, get_model
 
 #: What is assumed where the command line does not say otherwise.
@@ -22,10 +22,11 @@ DEFAULTS = {"tokenizer_type": "GPT2BPETokenizer", "no_load_rng": True, "no_load_
 def start(
     add_flags: Callable[[Any], Any], checked: Iterable[Rule], defaults: dict[str, Any] | None = None
 ) -> Namespace:
-    """Parse and check the command line and start the process groups; FlagError, before any group, for broken rules."""
+    """Parse and check the command line, start process groups, report; FlagError, before any group, for broken rules."""
     args = initialize_megatron(add_flags, DEFAULTS | (defaults or {}), skip_mpu_initialization=True).args
     rules.check(args, checked)
     start_distributed(args)
+    print_start_report()
     return args
 
 
