@@ -162,7 +162,7 @@ def destroy_model_parallel() -> None:
 
 
 def _read_nccl_settings(path: str | None) -> dict[str, dict[str, int]]:
-    """Settings by kind of group; ConfigError if the file cannot be read or holds something else."""
+    """Settings by kind of group; ConfigError if the file holds something else, OSError if it cannot be read."""
     if path is None:
         return {}
     subject = f"nccl_communicator_config_path ({path})"
@@ -170,13 +170,11 @@ def _read_nccl_settings(path: str | None) -> dict[str, dict[str, int]]:
         import yaml  # optional: only this file format needs it
     except ImportError as error:
         raise ConfigError(subject, "reading YAML needs the package pyyaml", "pip install pyyaml") from error
-    try:
-        with open(path, encoding="utf-8") as stream:
+    with open(path, encoding="utf-8") as stream:
+        try:
             settings = yaml.safe_load(stream)
-    except OSError as error:
-        raise ConfigError(subject, f"it cannot be read ({error.strerror})", "check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(subject, f"it is not YAML ({error})", "mend the file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(subject, f"it is not YAML ({error})", "mend the file") from error
     if not isinstance(settings, dict) or not all(isinstance(group, dict) for group in settings.values()):
         raise ConfigError(subject, "it does not hold settings per group", "write, say, dp: {max_ctas: 16}")
     return settings

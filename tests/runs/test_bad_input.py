@@ -60,6 +60,7 @@ CASES = {
     "no YAML": (MOCK + "--yaml-cfg {dir}/no.yaml", "--yaml-cfg no.yaml", 2),
     "no layers": (MOCK + "--spec no.module thing", "--spec no.module", 2),
     "no settings of nccl": (MOCK + "--nccl-communicator-config-path {dir}/no.yaml", "--nccl-communicator-config-path", 2),
+    "nccl settings that are none": (MOCK + "--nccl-communicator-config-path {dir}/list.yaml", "list.yaml per group", 1),
     "no config log": (MOCK + "--config-logger-dir /proc/nowhere", "--config-logger-dir /proc/nowhere", 2),
 }  # fmt: skip
 
@@ -73,6 +74,7 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = {
         "lonely.idx": index, "empty.idx": b"", "empty.bin": b"", "foreign.idx": foreign, "foreign.bin": foreign,
         "short.idx": index, "short.bin": content[:20], "cut.idx": index[:-30], "cut.bin": content, "afile": b"",
+        "list.yaml": b"- 1",
     }  # fmt: skip
     for name, data in files.items():
         (folder / name).write_bytes(data)
