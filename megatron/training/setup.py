@@ -20,9 +20,10 @@ from megatron.core.num_microbatches_calculator import (
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.upcycling_utils import load_and_upcycle_model
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
-from megatron.training.checkpointing import load_checkpoint, save_checkpoint
+from megatron.training.checkpointing import checkpoint_exists, load_checkpoint, save_checkpoint
 from megatron.training.config import build, rules
 from megatron.training.context import TrainContext
 from megatron.training.global_vars import get_context
@@ -138,7 +139,7 @@ def setup_model_and_optimizer(
     *,
     ctx: TrainContext | None = None,
 ) -> tuple[list[torch.nn.Module], MegatronOptimizer, OptimizerParamScheduler]:
-    """Build model, optimizer and schedule, and load what `--load` or `--pretrained-checkpoint` names.
+    """Build model, optimizer and schedule, and load what `--load` or `--pretrained-checkpoint` names (or upcycle it).
 
     Sets `args.iteration` and `args.num_floating_point_operations_so_far`. All ranks must call.
     """
@@ -150,7 +151,9 @@ def setup_model_and_optimizer(
     optimizer = get_megatron_optimizer(config, model, no_wd_decay_cond, scale_lr_cond, lr_mult)
     scheduler = get_optimizer_param_scheduler(optimizer, ctx=ctx)
     args.iteration, args.num_floating_point_operations_so_far = 0, 0
-    if args.load is not None or args.pretrained_checkpoint is not None:
+    if args.moe_use_upcycling:
+        _upcycle(model, optimizer, model_provider_func, model_type, ctx)
+    elif args.load is not None or args.pretrained_checkpoint is not None:
         ctx.timers("load-checkpoint", log_level=0).start(barrier=True)
         args.iteration, args.num_floating_point_operations_so_far = load_checkpoint(
             model,
@@ -172,6 +175,43 @@ def setup_model_and_optimizer(
     if args.ckpt_convert_format is not None:
         convert_checkpoint(model, optimizer, scheduler, args)
     return model, optimizer, scheduler
+
+
+def _upcycle(
+    model: list[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    model_provider_func: ModelProvider,
+    model_type: ModelType,
+    ctx: TrainContext,
+) -> None:
+    """Load a dense checkpoint, every expert a copy of its MLP; save that as iteration 1 (spec: training, section 22.8)."""
+    args = ctx.args
+    if checkpoint_exists(args.save):
+        raise FlagError(
+            "--moe-use-upcycling, --save",
+            f"{args.save} holds a checkpoint already; only the first run starts from the dense model",
+            "drop --moe-use-upcycling and give that directory as --load, or give another --save",
+        )
+    dense = {"num_experts": None, "expert_model_parallel_size": 1}
+    own = {name: getattr(args, name) for name in dense}
+    vars(args).update(dense)  # model providers read the current arguments
+    try:
+        source = get_model(model_provider_func, model_type, wrap_with_ddp=False, ctx=ctx)
+    finally:
+        vars(args).update(own)
+    args.exit_on_missing_checkpoint = True
+    _, args.num_floating_point_operations_so_far = load_and_upcycle_model(
+        load_checkpoint,
+        unwrap_model(model),
+        unwrap_model(source),
+        load_args=(source, None, None),
+        load_kwargs={"args": args},
+    )
+    if args.fp16 or args.bf16:
+        optimizer.reload_model_params()
+    args.iteration = 1
+    save_checkpoint(1, model, None, None, args.num_floating_point_operations_so_far, args=args)
+    print_rank_0(f"> upcycled checkpoint: {args.load or args.pretrained_checkpoint} -> {args.save}.")
 
 
 def convert_checkpoint(

@@ -63,7 +63,8 @@ class NetworkConfig:
         None, nargs="*", group="experimental",
         help="Module and function that return the layer specification to build; `local` names the built-in one.")
     moe_use_upcycling: bool = flag(
-        False, group="moe", help="Start from a dense checkpoint: copy its MLP into every expert, save, and end.")
+        False, group="moe",
+        help="Start from a dense checkpoint: copy its MLP into every expert, save that as iteration 1, and go on.")
     # fmt: on
 
 

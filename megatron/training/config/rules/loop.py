@@ -151,6 +151,20 @@ def balanced_once(args: Any) -> bool:
     return not (sinkhorn and args.moe_aux_loss_coeff)
 
 
+@rule(TRAINING, "--moe-use-upcycling", "--load", bad="--num-experts 2 --moe-use-upcycling --save ckpt --save-interval 1",
+      why="there is no dense model to start from", fix="give its checkpoint as --load or --pretrained-checkpoint")
+def upcycling_has_a_source(args: Any) -> bool:
+    return not args.moe_use_upcycling or bool(args.load or args.pretrained_checkpoint)
+
+
+@rule(TRAINING, "--moe-use-upcycling", "--moe-extended-tp",
+      bad="--num-experts 2 --moe-use-upcycling --save ckpt --save-interval 1 --load dense --moe-extended-tp",
+      why="a rank's piece of the dense MLP is no piece of an expert that is divided over more ranks",
+      fix="drop --moe-extended-tp for the first run")
+def upcycled_experts_are_divided_alike(args: Any) -> bool:
+    return not (args.moe_use_upcycling and args.moe_extended_tp)
+
+
 @rule(TRAINING, "--moe-router-topk", "--num-experts", bad="--num-experts 4 --moe-router-topk 5",
       why="each token is to be sent to {a.moe_router_topk} of {a.num_experts} experts",
       fix="choose a top-k between 1 and the number of experts")
