@@ -130,6 +130,8 @@ def test_documented_command_line_is_valid_for_its_machines(
     options, entry, argv = launched(["bash", f"examples/{script}", *positional], tmp_path, **environment)
     args = validated(options, entry, argv, monkeypatch)
     assert (args.world_size, args.data_parallel_size, args.data_path) == (ranks, data_parallel, ["D"])
+    with capability.pretend(CLUSTER):
+        assert not [line for line in arguments.notices(args) if "no effect" in line]
     for claim in documented.split():
         name, value = claim.split("=")
         assert str(getattr(args, name)).replace(" ", "") == value, name

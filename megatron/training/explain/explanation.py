@@ -152,6 +152,8 @@ def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[
         args.rampup_batch_size = None
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_args(args, {"tokenizer_type": _DEFAULT_TOKENIZERS[command.script]})
+    # Which is read here, whatever the tokenizer, where its files are missing.
+    args.args_given = [name for name in args.args_given if name != "vocab_size"]
     try:
         validate_for_training(args)
     except FlagError as error:
