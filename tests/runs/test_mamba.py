@@ -75,11 +75,11 @@ CASES = {
     "plain pp2": (2, 1, PLAIN, PP2),
     "gated tp2 + sp x pp2": (4, 2, GATED, TP2 + PP2 + "--sequence-parallel"),
 }  # fmt: skip
-IN_SINGLE_PRECISION = ("tp2 + sp x pp2",)
+IN_SINGLE_PRECISION = ("tp2 + sp x pp2", "dp2 + distopt + overlap")
 #: One case per mechanism; the others are combinations and variants of them.
 QUICK = (
-    "tp2 + sp", "pp2", "pp2 uneven", "dp2 + distopt + overlap", "tp2 + sp x pp2", "recompute uniform",
-    "recompute selective", "plain tp2", "gated tp2 + sp x pp2",
+    "pp2", "dp2 + distopt + overlap", "tp2 + sp x pp2", "recompute uniform", "recompute selective", "plain tp2",
+    "gated tp2 + sp x pp2",
 )  # fmt: skip
 slow = pytest.mark.slow
 
@@ -89,6 +89,7 @@ def test_layout_equals_one_process(case: str) -> None:
     check(case, torch.float64, 1e-12)
 
 
+@slow
 @pytest.mark.parametrize("case", IN_SINGLE_PRECISION)
 def test_layout_equals_one_process_in_single_precision(case: str) -> None:
     """Measured: 1.7e-5 at most, of A_log, whose gradient is a difference of sums over the sequence."""
@@ -211,7 +212,7 @@ def test_refuses_what_is_no_stack() -> None:
         run_gang(1, run_script, flags(f"{PLAIN} {gpt}"), SCRIPT)
 
 
-@pytest.mark.parametrize("script", [SCRIPT, "pretrain_gpt"])
+@pytest.mark.parametrize("script", [pytest.param(SCRIPT, marks=slow), "pretrain_gpt"])
 def test_a_wide_residual_stream_crosses_stages(script: str) -> None:
     """bf16 parameters, fp32 between the layers: two stages compute what one process computes."""
     model = "--num-layers 4 --bf16 --fp32-residual-connection "
