@@ -69,8 +69,8 @@ class ModelParallelConfig:
         False, cli_default=True, off="--no-gradient-accumulation-fusion", group="training",
         help="Do not fold the accumulation of weight gradients into the matrix product that computes them.")
     async_tensor_model_parallel_allreduce: bool = flag(
-        False, cli_default=True, off="--no-async-tensor-model-parallel-allreduce", group="training",
-        help="Do not overlap the tensor-parallel gradient reduction with the weight-gradient product.")
+        False, cli_default=True, off="--no-async-tensor-model-parallel-allreduce", group="training", status="gpu",
+        help="Start even if CUDA_DEVICE_MAX_CONNECTIONS is not 1; tensor-parallel reductions may then overlap less.")
     use_te_rng_tracker: bool = from_args("use_te_rng_tracker", False)
     tp_comm_overlap: bool = flag(
         False, group="training", needs="--tensor-model-parallel-size",
