@@ -59,6 +59,7 @@ CASES = {
     "no metrics": (MOCK + "--metrics-file /proc/nowhere/m.jsonl", "--metrics-file /proc/nowhere", 2),
     "no YAML": (MOCK + "--yaml-cfg {dir}/no.yaml", "--yaml-cfg no.yaml", 2),
     "no layers": (MOCK + "--spec no.module thing", "--spec no.module", 2),
+    "half a layer": (MOCK + "--spec no.module", "--spec no.module a module and a name in it", 2),
     "no settings of nccl": (MOCK + "--nccl-communicator-config-path {dir}/no.yaml", "--nccl-communicator-config-path", 2),
     "nccl settings that are none": (MOCK + "--nccl-communicator-config-path {dir}/list.yaml", "list.yaml per group", 1),
     "no config log": (MOCK + "--config-logger-dir /proc/nowhere", "--config-logger-dir /proc/nowhere", 2),

@@ -22,6 +22,8 @@ class ModuleSpec:
 
 def import_module(module_path: tuple[str, ...] | list[str]) -> Any:
     """The object `module_path[1]` of module `module_path[0]`; ValueError if either does not exist."""
+    if len(module_path) != 2:
+        raise ValueError(f"layer specification {' '.join(module_path)}: a module and a name in it make one")
     base_path, name = module_path
     try:
         return getattr(importlib.import_module(base_path), name)
