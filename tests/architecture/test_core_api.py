@@ -273,3 +273,20 @@ assert not torch.cuda.is_initialized()
         [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_starts_without_what_takes_long_to_import() -> None:
+    """The entry scripts leave torch's slow parts, and packages that few runs need, to those who use them."""
+    script = """
+import sys, torch
+before = set(sys.modules)
+import pretrain_gpt, pretrain_bert, pretrain_t5, pretrain_mamba
+from megatron.training import training
+slow = {"sympy", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch._dynamo", "torch._inductor",
+        "transformers", "tokenizers", "flask", "yaml", "tensorboard", "wandb"}
+assert not slow & (set(sys.modules) - before), slow & (set(sys.modules) - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr

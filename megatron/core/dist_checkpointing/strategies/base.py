@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import CommonStateDict, ShardedStateDict, StateDict
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.reading import Stored
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.strategies.reading import Stored
 
 
 class StrategyAction(Enum):
