@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException as TorchCheckpointException
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedStateDict,
+    ShardedTensor,
+    StateDict,
+)
+from megatron.core.dist_checkpointing.strategies.base import LoadShardedStrategy
 from megatron.core.dist_checkpointing.strategies.resharding import Box, cell_box
 
 
@@ -41,6 +48,42 @@ class Stored(Protocol):
 
     def read_flat(self, key: str, cell: Box, wanted: slice, target: torch.Tensor) -> bool:
         """Fill 1-D `target` with a slice of the flattened `cell`, if it is stored flattened; else return False."""
+
+
+class StoredLoadStrategy(LoadShardedStrategy):
+    """Reads, in any layout, version 1 of a format whose files can be read at random; `open` says how."""
+
+    backend: ClassVar[str]
+
+    def __init__(self, allow_unsafe_pickle: bool = False) -> None:
+        self.allow_unsafe_pickle = allow_unsafe_pickle
+
+    def with_unsafe_pickle(self, allow: bool) -> StoredLoadStrategy:
+        """The same strategy, which loads even files that could run code if `allow`."""
+        return type(self)(allow)
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """Objects lie beside the tensors."""
+        return True
+
+    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
+        """The tree with every record replaced by its data; tensors are read into the records' own `data`."""
+        stored = self.open(checkpoint_dir)
+        return dict_list_map_outplace(lambda record: read_record(stored, record), sharded_state_dict)
+
+    def check_backend_compatibility(self, loaded_version: str) -> None:
+        """Only this format."""
+        if loaded_version != self.backend:
+            raise CheckpointingException(
+                "sharded part of the checkpoint", f"it is in the format {loaded_version}"
+            )
+
+    def check_version_compatibility(self, loaded_version: int) -> None:
+        """Only version 1 exists."""
+        if loaded_version > 1:
+            why = f"version {loaded_version} of its format is newer than 1"
+            raise CheckpointingException("sharded part of the checkpoint", why, "update this program")
 
 
 def read_record(stored: Stored, record: Any) -> Any:

@@ -33,21 +33,19 @@ from torch.distributed.checkpoint.metadata import (
 from megatron.core.dist_checkpointing import durable
 from megatron.core.dist_checkpointing.agreement import gather, rank, together
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.durable import Checksum
 from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedObject,
     ShardedStateDict,
     ShardedTensor,
-    StateDict,
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.safe_load import UnsafeFileError, load_stream
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.base import (
     AsyncSaveShardedStrategy,
-    LoadShardedStrategy,
     StrategyAction,
     register_default_strategy,
 )
@@ -59,7 +57,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     write_items,
 )
 from megatron.core.dist_checkpointing.strategies.mapped import MappedFile
-from megatron.core.dist_checkpointing.strategies.reading import read_record
+from megatron.core.dist_checkpointing.strategies.reading import StoredLoadStrategy
 from megatron.core.dist_checkpointing.strategies.resharding import (
     Box,
     is_nd_flattened_tensor,
@@ -463,29 +461,14 @@ class _FilePart(io.RawIOBase):
         return count
 
 
-class TorchDistLoadShardedStrategy(LoadShardedStrategy):
+class TorchDistLoadShardedStrategy(StoredLoadStrategy):
     """Reads torch_dist in any layout."""
 
-    def __init__(self, allow_unsafe_pickle: bool = False) -> None:
-        self.allow_unsafe_pickle = allow_unsafe_pickle
-
-    def with_unsafe_pickle(self, allow: bool) -> TorchDistLoadShardedStrategy:
-        """The same strategy, which loads even files that could run code if `allow`."""
-        return TorchDistLoadShardedStrategy(allow)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Objects lie in the same files."""
-        return True
+    backend = "torch_dist"
 
     def open(self, checkpoint_dir: Path) -> StoredTensors:
         """Random access to the files."""
         return StoredTensors(checkpoint_dir, self.allow_unsafe_pickle)
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
-        """The tree with every record replaced by its data; tensors are read into the records' own `data`."""
-        stored = self.open(checkpoint_dir)
-        return dict_list_map_outplace(lambda record: read_record(stored, record), sharded_state_dict)
 
     def load_tensors_metadata(
         self, checkpoint_dir: Path, metadata: Metadata | None = None
@@ -514,19 +497,6 @@ class TorchDistLoadShardedStrategy(LoadShardedStrategy):
             else:
                 records[key] = ShardedObject.empty_from_unique_key(key)
         return records
-
-    def check_backend_compatibility(self, loaded_version: str) -> None:
-        """Only torch_dist."""
-        if loaded_version != "torch_dist":
-            raise CheckpointingException(
-                "sharded part of the checkpoint", f"it is in the format {loaded_version}"
-            )
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        """Only version 1 exists."""
-        if loaded_version > 1:
-            why = f"version {loaded_version} of its format is newer than 1"
-            raise CheckpointingException("sharded part of the checkpoint", why, "update this program")
 
 
 def register_default_torch_strategies() -> None:

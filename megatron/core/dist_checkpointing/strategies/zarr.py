@@ -19,20 +19,17 @@ import torch
 
 from megatron.core.dist_checkpointing import durable
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedStateDict,
     ShardedTensor,
-    StateDict,
 )
 from megatron.core.dist_checkpointing.safe_load import load_file
 from megatron.core.dist_checkpointing.strategies.base import (
-    LoadShardedStrategy,
     StrategyAction,
     register_default_strategy,
 )
-from megatron.core.dist_checkpointing.strategies.reading import read_record
+from megatron.core.dist_checkpointing.strategies.reading import StoredLoadStrategy
 from megatron.core.dist_checkpointing.strategies.resharding import Box
 
 _ARRAY = ".zarray"
@@ -204,29 +201,14 @@ def _full_name(path: Path) -> str:
     return f"{path.stem}.{1 + max(int(other.split('.')[-1]) for other in beside)}"
 
 
-class ZarrLoadShardedStrategy(LoadShardedStrategy):
+class ZarrLoadShardedStrategy(StoredLoadStrategy):
     """Reads zarr in any layout."""
 
-    def __init__(self, allow_unsafe_pickle: bool = False) -> None:
-        self.allow_unsafe_pickle = allow_unsafe_pickle
-
-    def with_unsafe_pickle(self, allow: bool) -> ZarrLoadShardedStrategy:
-        """The same strategy, which loads even files that could run code if `allow`."""
-        return ZarrLoadShardedStrategy(allow)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """Objects lie in folders of their own beside the arrays."""
-        return True
+    backend = "zarr"
 
     def open(self, checkpoint_dir: Path) -> StoredArrays:
         """Random access to the files."""
         return StoredArrays(checkpoint_dir, self.allow_unsafe_pickle)
-
-    def load(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> StateDict:
-        """The tree with every record replaced by its data; tensors are read into the records' own `data`."""
-        stored = self.open(checkpoint_dir)
-        return dict_list_map_outplace(lambda record: read_record(stored, record), sharded_state_dict)
 
     def load_tensors_metadata(self, checkpoint_dir: Path) -> ShardedStateDict:
         """key -> a ShardedTensor without data that covers the whole stored tensor."""
@@ -242,19 +224,6 @@ class ZarrLoadShardedStrategy(LoadShardedStrategy):
         """As load_tensors_metadata, and the objects by their unique keys."""
         objects = {each.unique_key: each for each in StoredArrays(checkpoint_dir).objects()}
         return self.load_tensors_metadata(checkpoint_dir) | objects
-
-    def check_backend_compatibility(self, loaded_version: str) -> None:
-        """Only zarr."""
-        if loaded_version != "zarr":
-            raise CheckpointingException(
-                "sharded part of the checkpoint", f"it is in the format {loaded_version}"
-            )
-
-    def check_version_compatibility(self, loaded_version: int) -> None:
-        """Only version 1 exists."""
-        if loaded_version > 1:
-            why = f"version {loaded_version} of its format is newer than 1"
-            raise CheckpointingException("sharded part of the checkpoint", why, "update this program")
 
 
 def register_default_zarr_strategies() -> None:
