@@ -331,7 +331,7 @@ def test_ignored_flags_are_about_what_was_typed() -> None:
 def words(spelled: str) -> list[str]:
     """A flag as it may be typed: with a value of its kind if the declaration names none."""
     spelling, *value = spelled.split()
-    flag = {name: flag for flag in parser.all_flags() for name in flag.spellings}[spelling]
+    flag = parser.by_spelling()[spelling]
     if flag.action != "store" or value:
         return [spelling, *value]
     if flag.choices:

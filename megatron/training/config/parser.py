@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 from megatron.core.distributed.distributed_data_parallel_config import DistributedDataParallelConfig
@@ -105,6 +106,12 @@ _VALUE_NAMES: dict[Any, str] = {int: "INT", float: "FLOAT"}
 def all_flags() -> list[Flag]:
     """Every declared flag, in the order of declaration."""
     return [flag for config_class in ALL_CONFIGS for flag in flags_of(config_class)]
+
+
+@cache
+def by_spelling() -> dict[str, Flag]:
+    """Every declared flag, under each of its spellings."""
+    return {spelling: flag for flag in all_flags() for spelling in flag.spellings}
 
 
 def explanation(flag: Flag) -> str:

@@ -9,7 +9,7 @@ from megatron.core.errors import FlagError
 from megatron.core.flags import Flag, Rule
 from megatron.core.kernels import capability
 from megatron.training.cli import MachineError
-from megatron.training.config.parser import all_flags, explanation
+from megatron.training.config.parser import all_flags, by_spelling, explanation
 
 #: Checked on what was given, before anything is derived from it.
 GIVEN: list[Rule] = []
@@ -64,10 +64,9 @@ def _given(condition: str, args: Any) -> str | None:
 
     A number that is 0 is none: it switches off what it is the size of.
     """
-    spelled = {spelling: flag for flag in all_flags() for spelling in flag.spellings}
     for alternative in condition.split(" or "):
         spelling, _, value = alternative.partition(" ")
-        flag = spelled[spelling]
+        flag = by_spelling()[spelling]
         present = getattr(args, flag.dest, flag.cli_default)
         switched_off = flag.action == "store" and present == 0
         if str(present) == value if value else present != flag.cli_default and not switched_off:
