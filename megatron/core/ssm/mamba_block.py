@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.errors import InvariantError
@@ -19,7 +17,7 @@ from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.layer_split import layers_here
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.recompute import plan_recompute, run_segments
+from megatron.core.transformer.recompute import plan_recompute, run_stack
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -148,14 +146,9 @@ class MambaStack(MegatronModule):
                 hidden = output[0] if isinstance(output, tuple) else output
             return hidden, None
 
-        # As in a TransformerBlock: dropout masks of positions divided over ranks must differ.
-        fork = self.config.sequence_parallel and self.training
-        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
-            if self.segments is not None and self.training:
-                distribute = bool(self.config.distribute_saved_activations)
-                hidden, _ = run_segments(self.segments, run_layers, hidden, None, distribute)
-            else:
-                hidden, _ = run_layers(0, len(self.layers), hidden, None)
+        hidden, _ = run_stack(
+            self.config, self.segments, len(self.layers), run_layers, hidden, None, self.training
+        )
 
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from megatron.core import tensor_parallel
 from megatron.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,23 @@ def run_segments(
 
         hidden, context = tensor_parallel.checkpoint(run, distribute_saved_activations, hidden, context)
     return hidden, context
+
+
+def run_stack(
+    config: TransformerConfig,
+    segments: Sequence[Segment] | None,
+    depth: int,
+    run_layers: Callable[[int, int, Tensor, Tensor | None], tuple[Tensor, Tensor | None]],
+    hidden: Tensor,
+    context: Tensor | None,
+    training: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """All `depth` layers of a chunk, in training as the plan `segments` says if there is one; shapes as in `run_segments`.
+
+    Under sequence parallelism each rank drops other positions, so their masks must differ between the ranks.
+    """
+    fork = config.sequence_parallel and training
+    with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
+        if segments is None or not training:
+            return run_layers(0, depth, hidden, context)
+        return run_segments(segments, run_layers, hidden, context, bool(config.distribute_saved_activations))

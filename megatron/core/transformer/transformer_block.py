@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.errors import InvariantError
@@ -17,7 +15,7 @@ from megatron.core.inference_params import InferenceParams
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.layer_split import layers_here
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.recompute import plan_recompute, run_segments
+from megatron.core.transformer.recompute import plan_recompute, run_stack
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.torch_layer_norm import WrappedTorchLayerNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -144,15 +142,9 @@ class TransformerBlock(MegatronModule):
                 )
             return hidden, context
 
-        # Under sequence parallelism each rank drops other positions, so their masks must differ between the
-        # ranks.
-        fork = self.config.sequence_parallel and self.training
-        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
-            if self.segments is not None and self.training:
-                distribute = bool(self.config.distribute_saved_activations)
-                hidden, context = run_segments(self.segments, run_layers, hidden, context, distribute)
-            else:
-                hidden, context = run_layers(0, len(self.layers), hidden, context)
+        hidden, context = run_stack(
+            self.config, self.segments, len(self.layers), run_layers, hidden, context, self.training
+        )
 
         if self.final_layernorm is not None:
             hidden = self.final_layernorm(hidden)
