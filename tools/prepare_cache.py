@@ -24,8 +24,9 @@ import torch.distributed as dist
 
 import megatron.training.training
 from megatron.core import parallel_state
-from megatron.training.arguments import parse_args, validate_args
+from megatron.training.arguments import notices, parse_args, validate_args
 from megatron.training.cli import run_main
+from megatron.training.config import rules
 from megatron.training.data import build_train_valid_test_datasets
 from megatron.training.global_vars import rebuild_tokenizer, set_args
 
@@ -35,10 +36,13 @@ def build_instead_of_pretraining(
     *_: Any,
     extra_args_provider: Callable[[Any], Any] | None = None,
     args_defaults: dict[str, Any] | None = None,
+    model_name: str | None = None,
     **__: Any,
 ) -> None:
     """Stands in for `pretrain`: takes the command line and the datasets of the script, and builds them."""
     args = validate_args(parse_args(extra_args_provider), args_defaults or {})
+    for line in (*notices(args), *rules.unread_by(model_name, args)):
+        print(f"> {line}", flush=True)
     set_args(args)
     rebuild_tokenizer(args)
     # A world of one, in which this process is the rank that builds, whatever the layout of the run.

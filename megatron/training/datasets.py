@@ -9,11 +9,21 @@ from typing import Any
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
 from megatron.core.datasets.utils import get_blend_from_list
+from megatron.core.errors import FlagError
 from megatron.training.utils import print_rank_0
 
 
 def source_fields(args: Namespace, tokenizer: Any) -> dict[str, Any]:
-    """The fields of every dataset configuration that say where samples come from and how their order is found."""
+    """The fields of every dataset configuration that say where samples come from and how their order is found.
+
+    FlagError with `--dataloader-type external`, which is for providers that return iterators.
+    """
+    if args.dataloader_type == "external":
+        raise FlagError(
+            "--dataloader-type external",
+            "the samples of this script come from datasets, not from an iterator of yours",
+            "drop it, or call pretrain() with a provider that returns iterators",
+        )
     per_split = (args.train_data_path, args.valid_data_path, args.test_data_path)
     return {
         "random_seed": args.seed,

@@ -33,7 +33,6 @@ from megatron.training import report, sanity
 from megatron.training.async_utils import maybe_finalize_async_save
 from megatron.training.checkpointing import save_checkpoint
 from megatron.training.config import rules
-from megatron.training.config.parser import all_flags
 from megatron.training.context import TrainContext
 from megatron.training.data import (
     DatasetsProvider,
@@ -132,8 +131,7 @@ def pretrain(
         for_training=True,
     )
     args, timers = ctx.args, ctx.timers
-    if model_name is not None:
-        args.notices += rules.unread_flags(args, model_name, rules.UNREAD[model_name], all_flags())
+    args.notices += rules.unread_by(model_name, args)
     if args.log_progress:
         append_to_progress_log("Starting job", ctx=ctx)
     start_time = _earliest_start()

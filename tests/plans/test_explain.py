@@ -89,6 +89,17 @@ def test_mistakes_are_named(words: str, subject: str) -> None:
         of(words)
 
 
+def test_flags_that_the_model_does_not_read_are_named() -> None:
+    text = text_of("pretrain_gpt.py --decoder-seq-length 8 --mask-prob 0.3 " + TINY)
+    assert "--decoder-seq-length has no effect on GPT" in text and "--mask-prob has no effect on GPT" in text
+
+
+def test_profile_without_a_file_is_the_flag_of_training() -> None:
+    words = ["--num-layers", "2", "--profile", "--profile-step-end", "20", "--profile"]
+    command = understand(words)
+    assert command.profile is None and list(command.flags) == words
+
+
 # Parameters --------------------------------------------------------------------------------------------------------
 
 

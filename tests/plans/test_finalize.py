@@ -381,6 +381,23 @@ def test_a_flag_that_another_overrules_says_so(flag: Flag, other: str) -> None:
         ("--data-path 1 a 1 b --s3-cache-path d", "--s3-cache-path has no effect: no data path is in"),
         ("--wandb-project p --wandb-exp-name e --tensorboard-dir t", ""),
         ("--wandb-project p --wandb-exp-name e", "--wandb-project receives no losses"),
+        (
+            "--data-path a --renormalize-blend-weights",
+            "--renormalize-blend-weights: no effect on one dataset",
+        ),
+        ("--data-path 1 a 1 b --num-dataset-builder-threads 2", ""),
+        ("--mock-data --data-cache-path d", ""),
+        ("--no-initialization --load a", ""),
+        (
+            "--lr-decay-style constant --lr-decay-iters 5",
+            "--lr-decay-iters has no effect beside --lr-decay-style",
+        ),
+        ("--lr-decay-style constant --lr-decay-iters 5 --lr-warmup-fraction 0.1", ""),
+        ("--fp16 --no-check-for-nan-in-loss-and-grad", "--no-check-for-nan-in-loss-and-grad has no effect"),
+        ("--fp16 --loss-scale 2 --no-check-for-nan-in-loss-and-grad", ""),
+        ("--profile", "--profile has no effect: it would start after step 10"),
+        ("--profile --profile-step-start 3 --profile-ranks 0 5", "--profile-ranks: there is no rank 5"),
+        ("--profile --profile-step-start 3", ""),
         ("--load a --ckpt-convert-format torch_dist --ckpt-convert-save b --no-save-rng", ""),
         (
             "--load a --ckpt-convert-format torch_dist --ckpt-convert-save b --ckpt-format torch "

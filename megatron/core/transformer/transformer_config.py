@@ -114,7 +114,9 @@ class TransformerConfig(ModelParallelConfig):
     apply_query_key_layer_scaling: bool = flag(
         False, group="mixed precision", help="Scale attention scores by 1 / layer number, undone inside the softmax.")
     attention_softmax_in_fp32: bool = flag(
-        True, cli_default=False, group="mixed precision", help="Compute attention's mask and softmax in fp32.")
+        True, cli_default=False, group="mixed precision",
+        needs="--fp16 or --bf16", unless="--apply-query-key-layer-scaling",
+        help="Compute attention's mask and softmax in fp32.")
 
     bias_activation_fusion: bool = computed(False, _bias_activation_fusion)
     masked_softmax_fusion: bool = flag(
@@ -157,10 +159,12 @@ class TransformerConfig(ModelParallelConfig):
         help="Steps between updates of the fp8 scale.")
     fp8_amax_history_len: int = flag(
         1, group="Transformer-Engine",
-        needs=("--fp8-format", "--fp8-recipe delayed"), help="Steps whose largest magnitudes are remembered.")
+        needs=("--fp8-format", "--fp8-recipe delayed", "--fp8-amax-compute-algo max"),
+        help="Steps whose largest magnitudes are remembered.")
     fp8_amax_compute_algo: str = flag(
         "most_recent", parse=None, choices=("most_recent", "max"), group="Transformer-Engine",
-        needs=("--fp8-format", "--fp8-recipe delayed"), help="Scale by the last or the largest remembered magnitude.")
+        needs=("--fp8-format", "--fp8-recipe delayed", "--fp8-amax-history-len"),
+        help="Scale by the last or the largest remembered magnitude.")
     fp8_wgrad: bool = flag(
         True, off="--no-fp8-wgrad", group="Transformer-Engine",
         needs="--fp8-format", help="Compute weight gradients in higher precision.")
@@ -175,7 +179,8 @@ class TransformerConfig(ModelParallelConfig):
     moe_router_topk: int = flag(2, group="moe", needs="--num-experts", help="Experts each token is sent to.")
     moe_router_pre_softmax: bool = flag(
         False, group="moe",
-        needs="--num-experts", help="Take the router's softmax over all experts, before the top-k choice.")
+        needs="--num-experts", unless="--moe-router-load-balancing-type sinkhorn",
+        help="Take the router's softmax over all experts, before the top-k choice.")
     moe_grouped_gemm: bool = flag(
         False, group="moe", needs="--num-experts", help="Run a rank's experts as one grouped matrix product.")
     moe_aux_loss_coeff: float = flag(
@@ -191,7 +196,8 @@ class TransformerConfig(ModelParallelConfig):
         needs="--num-experts", help="How tokens reach the ranks of their experts.")
     moe_per_layer_logging: bool = flag(
         False, group="moe",
-        needs=("--num-experts", "--tensorboard-dir or --wandb-project"), help="Log router losses layer by layer.")
+        needs=("--num-experts", "--moe-aux-loss-coeff or --moe-z-loss-coeff", "--tensorboard-dir or --wandb-project"),
+        help="Log router losses layer by layer.")
     moe_expert_capacity_factor: float | None = flag(
         None, group="moe",
         needs="--num-experts", help="Tokens an expert takes, relative to an even share; the rest is dropped. "

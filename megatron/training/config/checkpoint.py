@@ -72,7 +72,7 @@ class CheckpointConfig:
         None, on="--dist-ckpt-format", parse=None, group="checkpointing", status="noop",
         reason="another flag decides", instead="--ckpt-format", help="Old name of --ckpt-format.")
     ckpt_format: str = flag(
-        "torch_dist", parse=None, choices=_FORMATS, group="checkpointing",
+        "torch_dist", parse=None, choices=_FORMATS, group="checkpointing", needs="--save or --load",
         help="Format to save in: one file per model rank (torch), or layout-independent pieces.")
     ckpt_convert_format: str | None = flag(
         None, parse=None, choices=_FORMATS, group="checkpointing",

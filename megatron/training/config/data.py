@@ -29,7 +29,7 @@ class DataConfig:
     test_data_path: list[str] | None = flag(
         None, parse=None, nargs="*", group="data and dataloader", help="Like --data-path, for the test alone.")
     data_cache_path: str | None = flag(
-        None, parse=None, group="data and dataloader", unless="--mock-data",
+        None, parse=None, group="data and dataloader",
         help="Directory for sample indices; default a folder beside the data.")
     mmap_bin_files: bool = flag(
         True, off="--no-mmap-bin-files", group="data and dataloader",
@@ -45,7 +45,8 @@ class DataConfig:
         0.1, group="data and dataloader", help="Share of BERT samples that are made shorter than the sequence.")
     num_workers: int = flag(2, group="data and dataloader", help="Loader processes per rank; 0 loads in the main one.")
     reset_position_ids: bool = flag(
-        False, group="data and dataloader", help="Count positions anew after every end-of-document token.")
+        False, group="data and dataloader", unless="--position-embedding-type rope or --position-embedding-type none",
+        help="Count positions anew after every end-of-document token.")
     reset_attention_mask: bool = flag(
         False, group="data and dataloader", help="Let no token attend across an end-of-document token.")
     eod_mask_loss: bool = flag(

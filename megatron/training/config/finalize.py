@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron.core import device
+from megatron.core.datasets.utils import get_blend_from_list
 from megatron.core.datasets.utils_s3 import is_object_storage_path
 from megatron.core.errors import FlagError
 from megatron.core.flags import Step, step
@@ -120,6 +121,21 @@ def object_storage(args: Any) -> str | None:
     return "--s3-cache-path has no effect: no data path is in object storage"
 
 
+@step(STEPS, reads="renormalize_blend_weights num_dataset_builder_threads data_path train_data_path valid_data_path "
+      "test_data_path", writes="")  # fmt: skip
+def blended_data(args: Any) -> str | None:
+    given = (args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path)
+    blends = [get_blend_from_list(paths) for paths in given if paths]
+    if not blends or any(blend is not None and len(blend[0]) > 1 for blend in blends):
+        return None
+    flags = {
+        "--renormalize-blend-weights": args.renormalize_blend_weights,
+        "--num-dataset-builder-threads": args.num_dataset_builder_threads > 1,
+    }
+    typed = [name for name, is_typed in flags.items() if is_typed]
+    return f"{', '.join(typed)}: no effect on one dataset, which is no blend" if typed else None
+
+
 @step(STEPS, reads="wandb_project tensorboard_dir", writes="")
 def weights_and_biases(args: Any) -> str | None:
     if not args.wandb_project or args.tensorboard_dir:
@@ -152,16 +168,20 @@ def virtual_stages(args: Any) -> None:
 
 @step(STEPS, reads="fp16 bf16 loss_scale",
       writes="params_dtype check_for_nan_in_loss_and_grad accumulate_allreduce_grads_in_fp32")  # fmt: skip
-def precision(args: Any) -> None:
+def precision(args: Any) -> str | None:
     """A dynamic loss scale expects overflows, so they are not errors; bfloat16 sums are too coarse for gradients."""
+    notice = None
     args.params_dtype = torch.float32
     if args.fp16:
         args.params_dtype = torch.float16
         if not args.loss_scale:
+            if not args.check_for_nan_in_loss_and_grad:
+                notice = "--no-check-for-nan-in-loss-and-grad has no effect: beside a dynamic loss scale nothing is checked"
             args.check_for_nan_in_loss_and_grad = False
     if args.bf16:
         args.params_dtype = torch.bfloat16
         args.accumulate_allreduce_grads_in_fp32 = True
+    return notice
 
 
 @step(STEPS, reads="dataloader_type", writes="dataloader_type")
@@ -218,6 +238,29 @@ def weight_decay(args: Any) -> None:
         args.start_weight_decay = args.end_weight_decay = args.weight_decay
 
 
+@step(STEPS, reads="lr_decay_style lr_warmup_fraction lr_decay_iters lr_decay_samples", writes="")
+def decay_length(args: Any) -> str | None:
+    """Beside a constant rate the length of the decay is only what --lr-warmup-fraction is a share of."""
+    lengths = {"--lr-decay-iters": args.lr_decay_iters, "--lr-decay-samples": args.lr_decay_samples}
+    given = [name for name, length in lengths.items() if length is not None]
+    if not given or args.lr_decay_style != "constant" or args.lr_warmup_fraction is not None:
+        return None
+    return f"{given[0]} has no effect beside --lr-decay-style constant"
+
+
+@step(STEPS, reads="profile profile_step_start profile_ranks train_iters world_size", writes="")
+def profiled_steps(args: Any) -> str | None:
+    if not args.profile:
+        return None
+    if args.train_iters and args.profile_step_start >= args.train_iters:
+        return (
+            f"--profile has no effect: it would start after step {args.profile_step_start}, and training ends at "
+            f"{args.train_iters}; give --profile-step-start"
+        )
+    absent = [rank for rank in args.profile_ranks if not 0 <= rank < args.world_size]
+    return f"--profile-ranks: there is no rank {', '.join(map(str, absent))}" if absent else None
+
+
 @step(STEPS, reads="sequence_parallel tensor_model_parallel_size",
       writes="sequence_parallel async_tensor_model_parallel_allreduce")  # fmt: skip
 def sequence_parallel(args: Any) -> str | None:
@@ -261,6 +304,13 @@ def upcycling(args: Any) -> None:
     """The dense checkpoint's optimizer and random state do not fit the model it turns into."""
     if args.moe_use_upcycling:
         args.no_load_optim = args.no_load_rng = True
+
+
+@step(STEPS, reads="perform_initialization load pretrained_checkpoint", writes="")
+def initial_weights(args: Any) -> str | None:
+    if args.perform_initialization or args.load or args.pretrained_checkpoint:
+        return None
+    return "--no-initialization: without --load the weights are whatever the memory held"
 
 
 @step(STEPS, reads="transformer_impl", writes="transformer_impl")

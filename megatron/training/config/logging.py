@@ -34,7 +34,8 @@ class LoggingConfig:
         True, off="--no-log-loss-scale-to-tensorboard", group="logging",
         needs="--tensorboard-dir", help="Do not write the loss scale to TensorBoard.")
     log_validation_ppl_to_tensorboard: bool = flag(
-        False, group="logging", needs="--tensorboard-dir", help="Write validation perplexity to TensorBoard.")
+        False, group="logging", needs="--tensorboard-dir", unless="--eval-iters 0",
+        help="Write validation perplexity to TensorBoard.")
     log_memory_to_tensorboard: bool = flag(
         False, group="logging", status="gpu", needs="--tensorboard-dir", help="Write device memory to TensorBoard.")
     log_world_size_to_tensorboard: bool = flag(

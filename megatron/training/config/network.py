@@ -90,7 +90,8 @@ class MixedPrecisionConfig:
     fp16: bool = flag(False, group="mixed precision", help="Compute in float16 with a loss scale.")
     bf16: bool = flag(False, group="mixed precision", help="Compute in bfloat16.")
     fp16_lm_cross_entropy: bool = flag(
-        False, group="mixed precision", help="Compute the loss from float16 logits without converting them to fp32.")
+        False, group="mixed precision", status="noop", reason="the loss itself computes in fp32, as in v0.9's core models",
+        help="Compute the loss from float16 logits without converting them to fp32.")
     # fmt: on
 
 

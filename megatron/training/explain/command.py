@@ -62,7 +62,9 @@ def _own_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
-        if name not in ("--world-size", "--device", "--profile"):
+        # Training has a --profile too, without a value.
+        of_training = word == "--profile" and (not words or words[0].startswith("--"))
+        if name not in ("--world-size", "--device", "--profile") or of_training:
             rest.append(word)
             continue
         if not equals and not words:

@@ -13,7 +13,7 @@ from megatron.core.errors import FlagError
 from megatron.core.kernels import capability, registry
 from megatron.core.kernels.capability import Capabilities
 from megatron.training.arguments import parse_args, validate_for_training
-from megatron.training.config import build
+from megatron.training.config import build, rules
 from megatron.training.explain import hardware, inventory, memory, parameters, steptime, traffic
 from megatron.training.explain.command import Command, understand
 from megatron.training.explain.hardware import DeviceProfile
@@ -26,6 +26,8 @@ from megatron.training.explain.vocabulary import Vocabulary, vocabulary
 from megatron.training.explain.workload import Workload, workload
 from megatron.training.initialize import prepare_args
 
+#: What the entry scripts call their models.
+_MODELS = {"pretrain_gpt": "GPT", "pretrain_bert": "BERT", "pretrain_t5": "T5"}
 #: What an entry script would fill in.
 _DEFAULT_TOKENIZERS = {
     "pretrain_gpt": "GPT2BPETokenizer",
@@ -152,6 +154,7 @@ def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[
         args.rampup_batch_size = None
     with contextlib.redirect_stdout(io.StringIO()):
         prepare_args(args, {"tokenizer_type": _DEFAULT_TOKENIZERS[command.script]})
+    args.notices += rules.unread_by(_MODELS[command.script], args)
     # Which is read here, whatever the tokenizer, where its files are missing.
     args.args_given = [name for name in args.args_given if name != "vocab_size"]
     try:

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from megatron.core.errors import DataError
+from megatron.core.errors import DataError, FlagError
 from megatron.training import report
 from megatron.training.data_samplers import (
     MegatronPretrainingRandomSampler,
@@ -19,6 +19,7 @@ from megatron.training.data_samplers import (
     build_data_loader,
     build_pretraining_data_loader,
 )
+from megatron.training.datasets import source_fields
 from tests.unit.datasets.support import GOLDEN
 
 RECORDED = json.loads((GOLDEN / "samplers.json").read_text())
@@ -150,6 +151,13 @@ def test_loader_of_nothing_and_of_external_data() -> None:
     assert build_pretraining_data_loader(external, 0, args=args) is external
     with pytest.raises(DataError, match="--dataloader-type: 'sequential' is not known"):
         loader(Numbers(), "sequential")
+
+
+def test_scripts_that_read_datasets_refuse_external_data() -> None:
+    with pytest.raises(
+        FlagError, match="--dataloader-type external: the samples of this script come from datasets"
+    ):
+        source_fields(Namespace(dataloader_type="external"), None)
 
 
 def test_the_report_names_sources_without_a_length() -> None:

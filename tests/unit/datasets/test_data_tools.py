@@ -80,7 +80,7 @@ def test_cache_prepared_for_a_large_run_is_what_a_later_run_finds(tmp_path: Path
     )
     layout = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 16"
     data = "--data-path bin/null32_text_document --split 1 --tokenizer-type NullTokenizer --vocab-size 70000"
-    training = "--micro-batch-size 1 --train-iters 3 --lr 1e-4 --eval-iters 0"
+    training = "--micro-batch-size 1 --train-iters 3 --lr 1e-4 --eval-iters 0 --mask-prob 0.2"
     flags = [*f"{model} {layout} {data} {training}".split(), "--data-cache-path", str(tmp_path)]
     command = [sys.executable, f"{REPOSITORY}/tools/prepare_cache.py", "--world-size", "256"]
     command += [f"{REPOSITORY}/pretrain_gpt.py", *flags]
@@ -89,6 +89,7 @@ def test_cache_prepared_for_a_large_run_is_what_a_later_run_finds(tmp_path: Path
     )
     # Two replicas of the model, so a global batch of two samples.
     assert "    train:      6" in first.stdout.splitlines()
+    assert "> --mask-prob has no effect on GPT" in first.stdout.splitlines()
     assert "Build and save the GPTDataset train indices" in first.stderr
     assert "Build and save" not in second.stderr and "Load the GPTDataset train indices" in second.stderr
     assert {path.name.split("-", 1)[1] for path in tmp_path.iterdir()} == {

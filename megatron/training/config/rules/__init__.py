@@ -15,6 +15,7 @@ from megatron.training.config.rules.base import (
     check,
     check_supported,
     ignored_flags,
+    unread_by,
     unread_flags,
 )
 from megatron.training.config.rules.causal_models import GPT, HYBRID
@@ -22,5 +23,6 @@ from megatron.training.config.rules.masked_models import BERT, T5
 
 __all__ = [
     "BERT", "DERIVED", "GIVEN", "GPT", "HYBRID", "ONE_STACK", "T5", "TRAINING", "UNREAD", "causal_models", "check",
-    "check_supported", "ignored_flags", "layout", "loop", "machine", "masked_models", "model", "run", "unread_flags",
+    "check_supported", "ignored_flags", "layout", "loop", "machine", "masked_models", "model", "run", "unread_by",
+    "unread_flags",
 ]  # fmt: skip

@@ -100,3 +100,8 @@ def unread_flags(args: Any, reader: str, dests: Collection[str], declared: Itera
     """One line for each of the `declared` flags that fills one of `dests`, which `reader` does not read, and was typed."""
     given = set(dests) & set(args.args_given)
     return [f"{flag.spellings[0]} has no effect on {reader}" for flag in declared if flag.dest in given]
+
+
+def unread_by(model: str | None, args: Any) -> list[str]:
+    """The same for the flags that `UNREAD` lists under the name of a model; nothing is known of one without a name."""
+    return [] if model is None else unread_flags(args, model, UNREAD[model], all_flags())

@@ -63,11 +63,37 @@ def warm_up_is_a_share(args: Any) -> bool:
     return args.lr_warmup_fraction is None or 0 <= args.lr_warmup_fraction < 1
 
 
+@rule(TRAINING, "--lr-warmup-iters", "--lr-warmup-samples", bad="--lr-warmup-iters -1",
+      why="no warm-up is shorter than none", fix="give 0 or more")
+def warm_up_has_a_length(args: Any) -> bool:
+    return args.lr_warmup_iters >= 0 and args.lr_warmup_samples >= 0
+
+
+@rule(TRAINING, "--lr-decay-iters", "--lr-decay-samples", bad="--lr-decay-iters 0",
+      why="the learning rate cannot decay in no time", fix="give 1 or more")
+def decay_has_a_length(args: Any) -> bool:
+    return all(length is None or length > 0 for length in (args.lr_decay_iters, args.lr_decay_samples))
+
+
 @rule(TRAINING, "--lr-warmup-iters", "--lr-decay-iters", bad="--lr-warmup-iters 10",
       why="a warm-up of {a.lr_warmup_iters} steps leaves no step for the decay", fix="shorten the warm-up")
 def warm_up_ends(args: Any) -> bool:
     steps = args.lr_decay_iters or args.train_iters
     return not (steps and args.train_iters) or args.lr_warmup_iters < steps
+
+
+@rule(TRAINING, "--lr-warmup-samples", "--lr-decay-samples",
+      bad="-train-iters --train-samples 100 --lr-warmup-samples 100",
+      why="a warm-up of {a.lr_warmup_samples} samples leaves none for the decay", fix="shorten the warm-up")
+def sample_warm_up_ends(args: Any) -> bool:
+    samples = args.lr_decay_samples or args.train_samples
+    return not (samples and args.train_samples) or args.lr_warmup_samples < samples
+
+
+@rule(TRAINING, "--decoupled-lr", "--decoupled-min-lr", bad="--decoupled-lr 1e-4 --decoupled-min-lr 1e-3",
+      why="the lower bound {a.decoupled_min_lr} is above the peak {a.decoupled_lr}", fix="lower --decoupled-min-lr")
+def decoupled_learning_rate_is_above_its_bound(args: Any) -> bool:
+    return args.decoupled_lr is None or 0 <= (args.decoupled_min_lr or 0) <= args.decoupled_lr
 
 
 @rule(TRAINING, "--lr-decay-style", "--lr-wsd-decay-iters", bad="--lr-decay-style WSD",
@@ -149,6 +175,18 @@ def training_experts_needs_own_tokens(args: Any) -> bool:
 def balanced_once(args: Any) -> bool:
     sinkhorn = args.num_experts is not None and args.moe_router_load_balancing_type == "sinkhorn"
     return not (sinkhorn and args.moe_aux_loss_coeff)
+
+
+@rule(TRAINING, "--moe-aux-loss-coeff", "--moe-z-loss-coeff", bad="--num-experts 4 --moe-aux-loss-coeff -0.01",
+      why="a negative weight rewards what the loss term is to prevent", fix="give 0 or more")
+def router_losses_are_losses(args: Any) -> bool:
+    return args.moe_aux_loss_coeff >= 0 and (args.moe_z_loss_coeff or 0) >= 0
+
+
+@rule(TRAINING, "--moe-input-jitter-eps", bad="--num-experts 4 --moe-input-jitter-eps -0.1",
+      why="there is no noise between 1 - eps and 1 + eps for an eps of {a.moe_input_jitter_eps}", fix="give 0 or more")
+def jitter_has_a_range(args: Any) -> bool:
+    return (args.moe_input_jitter_eps or 0) >= 0
 
 
 @rule(TRAINING, "--moe-use-upcycling", "--load", bad="--num-experts 2 --moe-use-upcycling --save ckpt --save-interval 1",
@@ -244,6 +282,18 @@ def clipping_norm_is_positive(args: Any) -> bool:
       why="running means need decays from 0 up to 1, 1 excluded", fix="give such values")
 def adam_decays(args: Any) -> bool:
     return 0 <= args.adam_beta1 < 1 and 0 <= args.adam_beta2 < 1
+
+
+@rule(TRAINING, "--adam-eps", bad="--adam-eps -1", why="a term of {a.adam_eps} may make the denominator zero",
+      fix="give 0 or more")
+def adam_term_is_positive(args: Any) -> bool:
+    return args.adam_eps >= 0
+
+
+@rule(TRAINING, "--sgd-momentum", bad="--optimizer sgd --sgd-momentum -0.1",
+      why="a momentum of {a.sgd_momentum} is no share of the last step", fix="give a value from 0 up to 1, 1 excluded")
+def momentum_is_a_share(args: Any) -> bool:
+    return 0 <= args.sgd_momentum < 1
 
 
 @rule(TRAINING, "--weight-decay", bad="--weight-decay -0.1", why="a decay of {a.weight_decay} makes weights grow",
