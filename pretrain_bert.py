@@ -23,7 +23,7 @@ from megatron.core.models.bert.bert_layer_specs import (
 )
 from megatron.core.models.bert.bert_model import BertModel
 from megatron.core.straggler import StragglerDetector
-from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.batch import get_fields_on_this_tp_rank
@@ -31,6 +31,7 @@ from megatron.training.cli import run_main
 from megatron.training.config import rules
 from megatron.training.datasets import build_splits, source_fields
 from megatron.training.losses import check_loss, in_full_precision
+from megatron.training.specs import named_spec
 from megatron.training.utils import average_losses_across_data_parallel_group, print_rank_0
 
 #: What a sample holds of use to the model, in the order `get_batch` returns it.
@@ -66,8 +67,8 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> BertM
 
 def layer_spec(args: Namespace) -> ModuleSpec:
     """What a layer is made of: `--spec MODULE NAME`, else by `--transformer-impl`."""
-    if args.spec is not None and args.spec[0] != "local":
-        return import_module(args.spec)
+    if args.spec not in (None, ["local"]):
+        return named_spec(args.spec)
     if args.transformer_impl == "transformer_engine" and args.spec is None:
         return bert_layer_with_transformer_engine_spec
     return bert_layer_local_spec

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron.core import parallel_state
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
-from megatron.core.errors import FlagError
 from megatron.core.models.common.embeddings.rotary_pos_embedding import FrequencyScaling
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -23,7 +22,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.straggler import StragglerDetector
-from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import get_args, get_timers, get_tokenizer, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.batch import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank, makes_attention_mask
@@ -31,6 +30,7 @@ from megatron.training.cli import run_main
 from megatron.training.config import rules
 from megatron.training.datasets import build_splits, source_fields
 from megatron.training.losses import masked_token_loss
+from megatron.training.specs import named_spec
 from megatron.training.utils import print_rank_0
 
 
@@ -61,12 +61,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> GPTMo
 def layer_spec(args: Namespace) -> ModuleSpec:
     """What a layer is made of: `--spec MODULE NAME`, else by `--transformer-impl`."""
     if args.spec is not None:
-        try:
-            return import_module(args.spec)
-        except ValueError as error:
-            raise FlagError(
-                "--spec", str(error), "give an importable module and the name of a ModuleSpec in it"
-            ) from error
+        return named_spec(args.spec)
     if args.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             args.num_experts, args.moe_grouped_gemm, args.qk_layernorm, args.fp8

@@ -5,18 +5,15 @@ Data, batches and loss are GPT's; what differs is the model. The loop is in mega
 
 from __future__ import annotations
 
-from argparse import Namespace
-
 from megatron.core.enums import ModelType
-from megatron.core.errors import FlagError
 from megatron.core.models.mamba import MambaModel
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training import get_args, pretrain
 from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.cli import run_main
 from megatron.training.config import rules
+from megatron.training.specs import named_spec
 from megatron.training.utils import print_rank_0
-from pretrain_gpt import forward_step, layer_spec, train_valid_test_datasets_provider
+from pretrain_gpt import forward_step, train_valid_test_datasets_provider
 
 
 def model_provider(pre_process: bool = True, post_process: bool = True) -> MambaModel:
@@ -26,7 +23,7 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> Mamba
     print_rank_0("building Mamba model ...")
     model = MambaModel(
         config=core_transformer_config_from_args(args),
-        mamba_stack_spec=stack_spec(args),
+        mamba_stack_spec=named_spec(args.spec, of_a_stack=True),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
         pre_process=pre_process,
@@ -45,16 +42,6 @@ def model_provider(pre_process: bool = True, post_process: bool = True) -> Mamba
     for index, layer in enumerate(model.decoder.layers):
         print_rank_0(f" == params layer {index}: {sum(p.numel() for p in layer.parameters())}")
     return model
-
-
-def stack_spec(args: Namespace) -> ModuleSpec:
-    """What `--spec MODULE NAME` names. FlagError unless it is a specification."""
-    spec = layer_spec(args)
-    if not isinstance(spec, ModuleSpec):
-        subject = f"--spec {' '.join(args.spec)}"
-        fix = "for instance --spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
-        raise FlagError(subject, f"it is a {type(spec).__name__}, no ModuleSpec of a stack", fix)
-    return spec
 
 
 def run() -> None:

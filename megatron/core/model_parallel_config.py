@@ -39,7 +39,7 @@ class ModelParallelConfig:
         1, group="moe", help="Ranks over which the experts are divided.")
     moe_extended_tp: bool = flag(
         False, group="moe",
-        needs="--num-experts",
+        needs=("--num-experts", "--expert-model-parallel-size"),
         help="Divide each expert's matrices over tensor and expert ranks together instead of placing whole experts.")
 
     perform_initialization: bool = flag(

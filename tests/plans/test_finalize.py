@@ -424,3 +424,18 @@ def test_flags_for_other_models_are_named(model: str, script: str) -> None:
     lines = rules.unread_flags(args, model, unread, parser.all_flags())
     expected = ["--max-tokens-to-oom"] if model == "T5" else ["--decoder-seq-length", "--max-tokens-to-oom"]
     assert sorted(lines) == [f"{name} has no effect on {model}" for name in expected]
+    assert rules.unread_by(model, args) == lines
+    assert rules.unread_by(None, args) == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "lines"),
+    [
+        ("M*-M", []),
+        ("M*MM", ["--swiglu has no effect on hybrid models without MLP layers"]),
+        ("M-MM", ["--attention-dropout has no effect on hybrid models without attention layers"]),
+    ],
+)
+def test_flags_for_layers_that_a_hybrid_model_lacks_are_named(pattern: str, lines: list[str]) -> None:
+    words = [*BASE.split(), "--hybrid-override-pattern", pattern, "--swiglu", "--attention-dropout", "0.2"]
+    assert rules.unread_by("hybrid models", arguments.parse_args(argv=words)) == lines

@@ -130,9 +130,10 @@ def check_checkpoint_args(
             for name, theirs, ours in wrong
         )
         flags = " ".join(f"--{name.replace('_', '-')}" for name, _, _ in wrong)
-        raise IncompatibleCheckpointError(
-            "checkpoint", rows, f"set {flags} as in the checkpoint, or pass --use-checkpoint-args"
-        )
+        fix = f"set {flags} as in the checkpoint, or pass --use-checkpoint-args"
+        if getattr(args, "use_checkpoint_args", False):
+            fix = f"set {flags} as in the checkpoint, or not at all: --use-checkpoint-args fills in what is not given"
+        raise IncompatibleCheckpointError("checkpoint", rows, fix)
     if fixed_layout:
         _check_layout(checkpoint_args, args, version)
     say_differences(checkpoint_args, args)

@@ -58,7 +58,7 @@ class CheckpointConfig:
     ckpt_step: int | None = flag(
         None, group="checkpointing", needs="--load", help="Load this iteration instead of the newest.")
     use_checkpoint_args: bool = flag(
-        False, group="checkpointing", help="Take the model's shape from the checkpoint instead of the command line.")
+        False, group="checkpointing", help="Take the model's shape from the checkpoint; sizes that are given must be its.")
     exit_on_missing_checkpoint: bool = flag(
         False, group="checkpointing",
         needs="--load or --pretrained-checkpoint", help="End if --load holds no checkpoint, instead of starting anew.")

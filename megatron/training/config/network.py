@@ -61,7 +61,7 @@ class NetworkConfig:
         dest="deprecated_use_mcore_models", help="Use the core models, which is what happens anyway.")
     spec: list[str] | None = flag(
         None, nargs="*", group="experimental",
-        help="Module and function that return the layer specification to build; `local` names the built-in one.")
+        help="Module and name of the layer specification to build; for BERT `local` names the built-in one.")
     moe_use_upcycling: bool = flag(
         False, group="moe",
         help="Start from a dense checkpoint: copy its MLP into every expert, save that as iteration 1, and go on.")
@@ -75,7 +75,8 @@ class InitializationConfig:
     # fmt: off
     seed: int = flag(1234, group="initialization", help="Seed of Python, NumPy and torch.")
     data_parallel_random_init: bool = flag(
-        False, group="initialization", help="Draw different initial weights on every data-parallel rank.")
+        False, group="initialization",
+        help="Draw other random numbers on every data-parallel rank; all start from the first one's weights.")
     init_method_xavier_uniform: bool = flag(
         False, group="initialization",
         help="Draw weights from Xavier's uniform distribution; output layers keep theirs.")

@@ -155,7 +155,11 @@ def test_incompatible_settings_are_all_named(tmp_path: Path) -> None:
         check_checkpoint_args(saved, args=arguments(tmp_path, num_layers=4, hidden_size=16))
     text = str(caught.value)
     assert "num_layers value from checkpoint (2) is not equal to the input argument value (4)" in text
-    assert "hidden_size" in text and "--use-checkpoint-args" in text
+    assert "hidden_size" in text and "or pass --use-checkpoint-args" in text
+    with pytest.raises(
+        CheckpointError, match="--num-layers as in the checkpoint, or not at all: --use-checkpoint-args"
+    ):
+        check_checkpoint_args(saved, args=arguments(tmp_path, num_layers=4, use_checkpoint_args=True))
     with pytest.raises(CheckpointError, match=r"tensor_model_parallel_size .*convert.py"):
         check_checkpoint_args(saved, args=arguments(tmp_path), fixed_layout=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.errors import FlagError
 from megatron.core.flags import Flag, Rule
 from megatron.core.kernels import capability
+from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols, layer_kinds
 from megatron.training.cli import MachineError
 from megatron.training.config.parser import all_flags, by_spelling, explanation
 
@@ -41,6 +42,30 @@ UNREAD: dict[str, frozenset[str]] = {
     "BERT": frozenset({*_OF_GPT, *_OF_GENERATION, *_OF_PAIRS}),
     "T5": frozenset({*_OF_GPT, *_OF_GENERATION, "bert_binary_head", "spec"}),
 }
+_OF_ATTENTION = {
+    "attention_dropout",
+    "apply_query_key_layer_scaling",
+    "attention_softmax_in_fp32",
+    "masked_softmax_fusion",
+    "group_query_attention",
+    "num_query_groups",
+    "reset_attention_mask",
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "rotary_seq_len_interpolation_factor",
+    "use_flash_attn",
+}
+_OF_MLPS = {
+    "ffn_hidden_size",
+    "swiglu",
+    "squared_relu",
+    "openai_gelu",
+    "bias_gelu_fusion",
+    "bias_swiglu_fusion",
+}
+#: By a kind of layers that a hybrid model may lack: its name, and arguments that no other kind reads.
+_OF_LAYERS = {Symbols.ATTENTION: ("attention", _OF_ATTENTION), Symbols.MLP: ("MLP", _OF_MLPS)}
 
 
 def check(args: Any, rules: Iterable[Rule]) -> None:
@@ -104,4 +129,13 @@ def unread_flags(args: Any, reader: str, dests: Collection[str], declared: Itera
 
 def unread_by(model: str | None, args: Any) -> list[str]:
     """The same for the flags that `UNREAD` lists under the name of a model; nothing is known of one without a name."""
-    return [] if model is None else unread_flags(args, model, UNREAD[model], all_flags())
+    if model is None:
+        return []
+    lines = unread_flags(args, model, UNREAD[model], all_flags())
+    if model == "hybrid models":
+        ratios = (args.hybrid_attention_ratio, args.hybrid_mlp_ratio)
+        kinds = layer_kinds(args.num_layers, *ratios, args.hybrid_override_pattern)
+        for kind, (name, dests) in _OF_LAYERS.items():
+            if kind not in kinds:
+                lines += unread_flags(args, f"{model} without {name} layers", dests, all_flags())
+    return lines

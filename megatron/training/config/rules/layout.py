@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megatron.core.flags import rule
@@ -108,6 +109,19 @@ def chunks_divide_a_stage(args: Any) -> bool:
       fix="make the length a multiple of twice the context-parallel size")
 def context_divides_the_sample(args: Any) -> bool:
     return args.context_parallel_size <= 1 or args.seq_length % (2 * args.context_parallel_size) == 0
+
+
+@rule(DERIVED, "--context-parallel-algo", "--context-parallel-size", "--num-attention-heads",
+      bad="--context-parallel-algo a2a --context-parallel-size 2 --num-attention-heads 3 --kv-channels 8",
+      why="the all-to-all deals each tensor-parallel rank's heads, whole groups of them, out to "
+          "{a.context_parallel_size} ranks, and they do not divide",
+      fix="give --context-parallel-algo ring, or change one of the numbers")
+def context_divides_the_heads(args: Any) -> bool:
+    size, tensor_ranks = args.context_parallel_size, args.tensor_model_parallel_size
+    heads = args.num_attention_heads // tensor_ranks
+    groups = args.num_query_groups // tensor_ranks if args.group_query_attention else heads
+    dealt = math.lcm(size, max(groups, 1))  # groups are repeated until there is one for each rank
+    return args.context_parallel_algo != "a2a" or size == 1 or heads % dealt == 0
 
 
 @rule(DERIVED, "--sequence-parallel", "--seq-length", "--tensor-model-parallel-size",

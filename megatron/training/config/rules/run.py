@@ -201,6 +201,13 @@ def step_needs_a_checkpoint(args: Any) -> bool:
     return args.ckpt_step is None or args.load is not None
 
 
+@rule(GIVEN, "--dist-ckpt-strictness", bad="--dist-ckpt-strictness return_all",
+      why="{a.dist_ckpt_strictness} hands mismatched keys to a caller of the library, and the command line has none",
+      fix="give log_all to see them, or raise_all to stop at them")
+def mismatched_keys_have_a_taker(args: Any) -> bool:
+    return not args.dist_ckpt_strictness.startswith("return")
+
+
 @rule(GIVEN, "--keep-last", bad="--keep-last 0", why="keeping {a.keep_last_checkpoints} checkpoints would lose the run",
       fix="give 1 or more")
 def one_checkpoint_stays(args: Any) -> bool:
