@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron.core import device, parallel_state
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8 import weights as fp8_weights
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.training.batch import (
@@ -85,7 +86,8 @@ def calc_params_l2_norm(model: Any) -> float:
     for chunk in model if isinstance(model, list) else [model]:
         for param in chunk.parameters():
             if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
-                (dense if getattr(param, "allreduce", True) else expert).append(param.detach())
+                values = fp8_weights.values_of(param)
+                (dense if getattr(param, "allreduce", True) else expert).append(values)
     has_experts = parallel_state.get_expert_model_parallel_world_size() > 1
     if has_experts and parallel_state.get_expert_model_parallel_rank() > 0:
         dense = []  # the same on every expert-parallel rank: counted on the first

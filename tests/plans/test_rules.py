@@ -140,6 +140,20 @@ def test_reduction_needs_one_connection_on_cuda(refused: Callable[..., str]) -> 
     )
 
 
+def test_fp8_parameters_need_own_layers_where_transformer_engine_is_installed(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        MACHINES, "H100", capability.Capabilities(compute=(9, 0), packages={"transformer_engine": "1.11"})
+    )
+    argv = command_line(
+        "--bf16 --fp8-format hybrid --fp8-param-gather --use-distributed-optimizer "
+        "--no-async-tensor-model-parallel-allreduce"
+    )
+    message = refused(argv, "H100", 1)
+    assert "--fp8-param-gather, --transformer-impl" in message
+
+
 @pytest.mark.parametrize("bad", OTHERS)
 def test_other_bad_command_lines_are_refused(bad: str, refused: Callable[..., str]) -> None:
     words, _, world_size = bad.partition(" @")

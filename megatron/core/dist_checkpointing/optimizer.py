@@ -40,7 +40,8 @@ def get_param_id_to_sharded_param_map(
     described, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
     found: dict[int, ShardedTensor | ShardedTensorFactory] = {}
     for record in nested_values(described):
-        number = numbers.get(id(record.data))
+        # What is stored of an fp8 parameter are the values it stands for.
+        number = numbers.get(id(getattr(record.data, "stands_for", record.data)))
         if number is not None:
             # A tensor registered under several names is described by the first.
             found.setdefault(number, record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,11 @@ class BufferLayout:
     def numel_unpadded(self) -> int:
         """Elements that a checkpoint stores: the buckets without the filling at their ends."""
         return sum(bucket.numel_unpadded for bucket in self.buckets)
+
+    def stored_starts(self) -> list[int]:
+        """Where each parameter starts in what a checkpoint stores."""
+        before = [0, *itertools.accumulate(bucket.numel_unpadded for bucket in self.buckets)]
+        return [before[slot.bucket] + slot.start - self.buckets[slot.bucket].start for slot in self.slots]
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -23,7 +23,9 @@ from megatron.core.distributed.param_and_grad_buffer import (
     partition_buckets,
 )
 from megatron.core.errors import InvariantError
+from megatron.core.fp8 import weights as fp8_weights
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import keep_weights_in_fp8
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
@@ -67,6 +69,14 @@ class DistributedDataParallel(MegatronModule):
                 "parameters are only gathered after updates of the distributed optimizer",
                 "add --use-distributed-optimizer",
             )
+        if ddp_config.fp8_param_gather:
+            if not ddp_config.use_distributed_optimizer:
+                raise InvariantError(
+                    "--fp8-param-gather",
+                    "parameters are only gathered after updates of the distributed optimizer",
+                    "add --use-distributed-optimizer",
+                )
+            keep_weights_in_fp8(module)
         self.overlap_param_gather_with_optimizer_step = False
         data_parallel_size = self.pg_collection.size("dp_cp")
         self.bucket_size: int | None = ddp_config.bucket_size or default_bucket_size(data_parallel_size)
@@ -126,10 +136,12 @@ class DistributedDataParallel(MegatronModule):
             factor = 1.0 / self.pg_collection.size("dp_cp")
         alike: dict[tuple[torch.dtype, torch.dtype], list[torch.nn.Parameter]] = {}
         for param in params:
-            grad_dtype = param.dtype
+            grad_dtype = fp8_weights.dtype_of(param)
+            # Bytes are what collectives of every backend take.
+            param_dtype = param.dtype if fp8_weights.of(param) is None else torch.uint8
             if self.ddp_config.grad_reduce_in_fp32:
-                grad_dtype = torch.promote_types(param.dtype, torch.float32)
-            alike.setdefault((param.dtype, grad_dtype), []).append(param)
+                grad_dtype = torch.promote_types(grad_dtype, torch.float32)
+            alike.setdefault((param_dtype, grad_dtype), []).append(param)
         return [
             _ParamAndGradBuffer(
                 self.ddp_config,
@@ -281,7 +293,10 @@ class DistributedDataParallel(MegatronModule):
             replicated = getattr(param, "allreduce", True)
             group = self.pg_collection.dp_cp if replicated else self.pg_collection.dp_modulo_ep_cp
             if group is not None and group.size() > 1:
-                dist.broadcast(param.data, src=dist.get_global_rank(group, 0), group=group)
+                values = fp8_weights.values_of(param)
+                dist.broadcast(values, src=dist.get_global_rank(group, 0), group=group)
+                if (kept := fp8_weights.of(param)) is not None:
+                    kept.assign(values)
 
     # State: the wrapper adds no level to the names ----------------------------------------------------------------
 

@@ -42,7 +42,6 @@ class DistributedDataParallelConfig:
         False, on="--ddp-average-in-collective", dest="ddp_average_in_collective", group="distributed",
         help="Average gradients inside the collective instead of scaling them before it.")
     fp8_param_gather: bool = flag(
-        False, group="Transformer-Engine", status="unsupported",
-        reason="parameters are kept and gathered in the model's precision",
-        help="Keep and gather the distributed optimizer's updated parameters in fp8.")
+        False, group="Transformer-Engine", needs="--fp8-format",
+        help="Keep the weights of fp8 layers as fp8 numbers, and have the distributed optimizer gather them so.")
     # fmt: on

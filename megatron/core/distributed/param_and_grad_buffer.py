@@ -264,8 +264,8 @@ class _ParamAndGradBuffer:
     """Gradients of one dtype in one flat tensor, cut into buckets; with the distributed optimizer also parameters.
 
     `param.main_grad` becomes a view of `grad_data`, and with the distributed optimizer `param.data` one of
-    `param_data`, at the same offset. `param_index_map` is parameter -> (start, end, bucket), in elements. A
-    `bucket_size` of None means a single bucket.
+    `param_data`, at the same offset (fp8 parameters lie there as bytes, a `param_dtype` of uint8). `param_index_map` is
+    parameter -> (start, end, bucket), in elements. A `bucket_size` of None means a single bucket.
     """
 
     def __init__(
@@ -308,7 +308,7 @@ class _ParamAndGradBuffer:
         for param, slot in zip(params, self.layout.slots):
             param.main_grad = self.grad_data[slot.start : slot.end].view(param.shape)  # type: ignore[attr-defined]
             if self.param_data is not None:
-                home = self.param_data[slot.start : slot.end].view(param.shape)
+                home = self.param_data[slot.start : slot.end].view(param.dtype).view(param.shape)
                 home.copy_(param.detach())
                 param.data = home
         self.buckets = [

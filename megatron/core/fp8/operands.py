@@ -7,7 +7,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from megatron.core import device
 from megatron.core.errors import ConfigError
 from megatron.core.fp8.quantize import largest
 from megatron.core.fp8.recipe import GRADIENT, INPUT, WEIGHT, Recipe, recipe_of
+from megatron.core.fp8.weights import Fp8Weight
 from megatron.core.kernels import registry
 from megatron.core.process_groups_config import group_size
 
@@ -53,6 +54,7 @@ class Fp8Operands:
         self._quantize = registry.select("fp8_quantize", spec)
         self._multiply = registry.select("fp8_gemm", spec)
         self._weight: Quantized | None = None
+        self.kept_weight: Fp8Weight | None = None
         self.known = False
         if recipe.delayed:
             self.history = torch.zeros(3, recipe.history, device=device.current())
@@ -63,20 +65,40 @@ class Fp8Operands:
         fmt = self.recipe.format(role)
         matrix = matrix.detach()
         amax = self.history[role, 0] if self.recipe.delayed and record else None
-        if self.recipe.delayed and self.known:
-            scale = self.scales[role]
-        else:
-            scale = self.recipe.scale(largest(matrix), fmt)
+        scale = self.scale(role, lambda: largest(matrix))
         rows, transposed = self._quantize(matrix, scale, fmt, amax, columns)
         return Quantized(rows, transposed, scale.reciprocal())
+
+    def scale(self, role: int, amax: Callable[[], Tensor]) -> Tensor:
+        """The scale (fp32 scalar) of the operand `role` now; `amax` is asked for its magnitude if it matters."""
+        if self.recipe.delayed and self.known:
+            return self.scales[role]
+        return self.recipe.scale(amax(), self.recipe.format(role))
+
+    def keep_weight(self, weight: torch.nn.Parameter) -> None:
+        """From now on the parameter holds fp8 numbers, which are not quantised again."""
+        self.kept_weight = weight.fp8_weight = Fp8Weight(weight, self)  # type: ignore[attr-defined]
+
+    def note_weight(self, amax: Tensor | None) -> None:
+        """Enter the amax (fp32 scalar) of a kept weight for the step to come, if it is not known; None: forget it."""
+        if self.recipe.delayed:
+            newest = self.history[WEIGHT, 0]
+            newest.copy_(newest.new_zeros(()) if amax is None else torch.where(newest > 0, newest, amax))
 
     def weight(self, weight: Tensor, *, fresh: bool, training: bool) -> Quantized:
         """The weight [o, i], quantised once per step: `fresh` says that it has changed since."""
         if not training:
-            return self.quantize(WEIGHT, weight, record=False, columns=weight.requires_grad)
+            return self._weight_operand(weight, record=False, columns=weight.requires_grad)
         if fresh or self._weight is None:
-            self._weight = self.quantize(WEIGHT, weight, record=True, columns=True)
+            self._weight = self._weight_operand(weight, record=True, columns=True)
         return self._weight
+
+    def _weight_operand(self, weight: Tensor, *, record: bool, columns: bool) -> Quantized:
+        if self.kept_weight is None:
+            return self.quantize(WEIGHT, weight, record=record, columns=columns)
+        rows = weight.detach()
+        scale = self.kept_weight.scale
+        return Quantized(rows, rows.t().contiguous() if columns else None, scale.reciprocal())
 
     def forward(self, x: Quantized, weight: Quantized, dtype: torch.dtype) -> Tensor:
         """x W^T: [t, o]."""

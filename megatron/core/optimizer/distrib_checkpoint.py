@@ -24,12 +24,13 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from megatron.core.dist_checkpointing.safe_load import load_file
-from megatron.core.distributed.buckets import BucketPlan
+from megatron.core.distributed.buckets import BucketPlan, plan_buffer
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.optimizer import InitState, match_param_groups, portable_groups
 
 if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer.distrib_optimizer import OwnedPiece
 
 STATE_KEYS = ("param", "exp_avg", "exp_avg_sq")
@@ -56,6 +57,8 @@ class ParameterStateFormats:
 
     optimizer: torch.optim.Optimizer
     init_state_fn: InitState
+    model_chunks: list[DistributedDataParallel]
+    per_model_buffers: dict[int, list[_ParamAndGradBuffer]]
     buffers: list[_ParamAndGradBuffer]
     pieces: list[list[list[OwnedPiece]]]
     data_parallel_group: ProcessGroup | None
@@ -204,6 +207,8 @@ class ParameterStateFormats:
                 "the file has the layout from before February 2024 (one tensor per bucket)",
                 "add --ckpt-convert-update-legacy-dist-opt-format",
             )
+        if not legacy:
+            self.split_state_dict_if_needed(state_dict)
         whole = {}
         for buffer_index, buffer in enumerate(self.buffers):
             entries = state_dict.get(buffer_index)
@@ -237,25 +242,40 @@ class ParameterStateFormats:
         return whole
 
     def split_state_dict_if_needed(self, state_dict: dict[Any, Any]) -> None:
-        """Cut a gathered state with one buffer into this model's several, in place, if they hold the same elements.
+        """Divide the one buffer that a gathered state has for each chunk among this model's several, in place.
 
-        That is what a model saved in one precision and continued with some parameters in another needs: buffers are then
-        told apart by dtype, which moves parameters between them.
+        Buffers are told apart by the parameters' dtype, so a run with `fp8_param_gather` has one more than the run
+        before it. Nothing happens to a state whose buffers this model has, or would not have had either.
         """
-        stored = [key for key in state_dict if isinstance(key, int)]
-        if len(stored) >= len(self.buffers) or len(stored) != 1:
+        stored = sorted(key for key in state_dict if isinstance(key, int))
+        chunks = list(zip(self.model_chunks, self.per_model_buffers.values()))
+        if len(stored) != len(chunks) or len(stored) == len(self.buffers):
             return
-        (entry,) = state_dict[stored[0]].values()
-        if entry["numel_unpadded"] != sum(buffer.numel_unpadded for buffer in self.buffers):
-            return
-        start = 0
-        for buffer_index, buffer in enumerate(self.buffers):
-            part: dict[str, Any] = {
-                key: entry[key][start : start + buffer.numel_unpadded] for key in STATE_KEYS
-            }
-            part["numel_unpadded"] = buffer.numel_unpadded
-            state_dict[buffer_index] = {(buffer.param_dtype, buffer.grad_dtype): part}
-            start += buffer.numel_unpadded
+        divided: dict[int, Any] = {}
+        for number, (chunk, buffers) in zip(stored, chunks):
+            params = [
+                param for param in chunk.param_to_name if any(param in b.param_index_map for b in buffers)
+            ]
+            joint = plan_buffer(
+                [param.numel() for param in params],
+                bucket_size=chunk.bucket_size,
+                data_parallel_size=self.data_parallel_world_size,
+                sharded=True,
+                own_bucket={i for i, param in enumerate(params) if getattr(param, "shared_embedding", False)},
+            )
+            start_of = dict(zip(params, joint.stored_starts()))
+            (entry,) = state_dict[number].values()
+            if entry["numel_unpadded"] != joint.numel_unpadded:
+                return
+            for buffer in buffers:
+                part: dict[str, Any] = {"numel_unpadded": buffer.numel_unpadded}
+                for key in STATE_KEYS:
+                    part[key] = entry[key].new_zeros(buffer.numel_unpadded)
+                    for param, start in zip(buffer.params, buffer.layout.stored_starts()):
+                        source = entry[key][start_of[param] : start_of[param] + param.numel()]
+                        part[key][start : start + param.numel()] = source
+                divided[len(divided)] = {(buffer.param_dtype, buffer.grad_dtype): part}
+        state_dict.update(divided)
 
     # Distributed formats ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
 from megatron.core.errors import InvariantError
+from megatron.core.fp8 import weights as fp8_weights
 from megatron.core.optimizer.adam import Adam
 from megatron.core.optimizer.distrib_checkpoint import ParameterStateFormats
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
@@ -24,11 +25,16 @@ from megatron.core.timers import timed
 __all__ = ["DistributedOptimizer", "OwnedPiece", "Range"]
 
 
+def _has_main_copy(param: torch.nn.Parameter) -> bool:
+    """Whether updates are made to an fp32 copy of the parameter's values."""
+    return param.dtype in HALF or fp8_weights.of(param) is not None
+
+
 @dataclass(eq=False)
 class OwnedPiece:
     """A part of a parameter that this rank updates: where it lies, and the 1-D tensor the torch optimizer sees.
 
-    `main` is an fp32 copy of the part of a half-precision parameter, and a view into any other.
+    `main` is an fp32 copy of the part of a half-precision or fp8 parameter, and a view into any other.
     """
 
     param: torch.nn.Parameter
@@ -41,8 +47,8 @@ class OwnedPiece:
         return slice(self.place.in_param.start, self.place.in_param.end)
 
     def of_model(self) -> Tensor:
-        """A 1-D view of the part in the model."""
-        return self.param.detach().view(-1)[self.flat_slice]
+        """The part's values in the model, 1-D: a view, or what its fp8 numbers stand for."""
+        return fp8_weights.values_of(self.param).view(-1)[self.flat_slice]
 
     def of_gradient(self) -> Tensor:
         """A 1-D view of the part's reduced gradient."""
@@ -96,27 +102,31 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
             ]
             for buffer in self.buffers
         ]
+        self._fp8_weights = [
+            weight for param in self._model_params if (weight := fp8_weights.of(param)) is not None
+        ]
         self._owned = self.owned_pieces()
         self._gradients = [piece.of_gradient() for piece in self._owned]
         self._regroup()
 
     @staticmethod
     def _own(param: torch.nn.Parameter, place: Piece) -> OwnedPiece:
-        part = param.detach().view(-1)[place.in_param.start : place.in_param.end]
+        part = fp8_weights.values_of(param).view(-1)[place.in_param.start : place.in_param.end]
         return OwnedPiece(
-            param, place, main_copy(param, part.clone().float() if part.dtype in HALF else part)
+            param, place, main_copy(param, part.clone().float() if _has_main_copy(param) else part)
         )
 
     def _regroup(self) -> None:
         """Put the owned pieces in the place of whole parameters in the torch optimizer's groups."""
         piece_of = {piece.param: piece for piece in self._owned}
-        self._halves: list[OwnedPiece] = []
+        self._copied: list[OwnedPiece] = []
         for group in self.optimizer.param_groups:
             owned = [piece_of[param] for param in group["params"] if param in piece_of]
-            halves = [piece for piece in owned if piece.param.dtype in HALF]
-            fulls = [piece for piece in owned if piece.param.dtype not in HALF]
-            group["params"] = [piece.main for piece in (*fulls, *halves)]
-            self._halves += halves
+            copied = [piece for piece in owned if _has_main_copy(piece.param)]
+            in_place = [piece for piece in owned if not _has_main_copy(piece.param)]
+            group["params"] = [piece.main for piece in (*in_place, *copied)]
+            self._copied += copied
+        self._halves = [piece for piece in self._copied if fp8_weights.of(piece.param) is None]
 
     def _own_bucket_groups(self) -> list[_ParamAndGradBucketGroup]:
         """The bucket groups over this optimizer's buffers: an expert optimizer must not gather dense parameters."""
@@ -160,12 +170,18 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
             torch._foreach_copy_(
                 [piece.of_model() for piece in self._halves], [piece.main for piece in self._halves]
             )
+        updates = [
+            fp8_weights.Update(weight, piece.flat_slice, piece.main)
+            for piece in self._copied
+            if (weight := fp8_weights.of(piece.param)) is not None
+        ]
+        fp8_weights.update(self._fp8_weights, updates, self.data_parallel_group)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self) -> None:
-        if self._halves:
+        if self._copied:
             torch._foreach_copy_(
-                [piece.main for piece in self._halves], [piece.of_model() for piece in self._halves]
+                [piece.main for piece in self._copied], [piece.of_model() for piece in self._copied]
             )
 
     @torch.no_grad()
@@ -196,5 +212,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
         self._load_groups(state_dict["optimizer"]["param_groups"])
         self.init_state_fn(self.optimizer)
         self._load_scaler_state(state_dict)
+        for weight in self._fp8_weights:
+            weight.given = None  # the main copies come from the checkpoint too
         if "param_state" in state_dict:
             self._load_sharded_parameter_state(state_dict)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.core import device, fp8, parallel_state
+from megatron.core.errors import ConfigError
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
 from megatron.core.kernels import registry
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -323,6 +324,22 @@ class _ParallelLinear(torch.nn.Module):
         """Delayed fp8 scales, or nothing. The entry always exists, so that checkpoints interchange."""
         return None if self._fp8 is None else self._fp8.state()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Checkpoints hold what the numbers of a weight that is kept in fp8 stand for."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        kept = None if self._fp8 is None else self._fp8.kept_weight
+        if kept is not None:
+            destination[f"{prefix}weight"] = kept.as_record() if keep_vars else kept.values()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A weight that is kept in fp8 is rounded by the scales of the extra state, so after that was loaded."""
+        kept, values = None if self._fp8 is None else self._fp8.kept_weight, state_dict.get(f"{prefix}weight")
+        if self._fp8 is not None and kept is not None:
+            self._fp8.note_weight(None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if kept is not None and values is not None and values.shape == kept.param.shape:
+            kept.assign(values)
+
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"{self.input_size} -> {self.output_size} / {self.partitions}"
@@ -575,13 +592,33 @@ class RowParallelLinear(_ParallelLinear):
         )
 
 
-def update_fp8_scales(model: Sequence[torch.nn.Module], config: TransformerConfig) -> None:
-    """At the end of a step: new scales for the fp8 layers of these chunks; all ranks of their stage must call."""
-    operands = [
-        module._fp8
-        for chunk in model
+def _fp8_layers(chunk: torch.nn.Module) -> list[tuple[_ParallelLinear, fp8.Fp8Operands]]:
+    return [
+        (module, module._fp8)
         for module in chunk.modules()
         if isinstance(module, _ParallelLinear) and module._fp8 is not None
     ]
+
+
+def keep_weights_in_fp8(chunk: torch.nn.Module) -> None:
+    """Make the weights of a chunk's fp8 layers fp8 numbers themselves (`core/fp8/weights.py`), frozen ones excepted.
+
+    ConfigError for a layer whose gradients are not added to a main gradient: fp8 could not hold them.
+    """
+    for layer, operands in _fp8_layers(chunk):
+        assert isinstance(layer.weight, Parameter), "an fp8 layer has a weight of its own"
+        if not layer.gradient_accumulation_fusion:
+            raise ConfigError(
+                "--fp8-param-gather --no-gradient-accumulation-fusion",
+                "a gradient of an fp8 parameter would be rounded to fp8 before it is accumulated",
+                "drop --no-gradient-accumulation-fusion",
+            )
+        if layer.weight.requires_grad:
+            operands.keep_weight(layer.weight)
+
+
+def update_fp8_scales(model: Sequence[torch.nn.Module], config: TransformerConfig) -> None:
+    """At the end of a step: new scales for the fp8 layers of these chunks; all ranks of their stage must call."""
+    operands = [operands for chunk in model for _, operands in _fp8_layers(chunk)]
     groups = parallel_state.resolve(None)
     fp8.update_scales(operands, groups.tp_cp if config.tp_only_amax_red else groups.tp_dp_cp)

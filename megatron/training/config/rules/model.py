@@ -291,6 +291,43 @@ def fp8_tokens_divide(args: Any) -> bool:
     return args.fp8 is None or tokens % 16 == 0
 
 
+@rule(GIVEN, "--fp8-param-gather", "--use-distributed-optimizer", bad="--bf16 --fp8-format hybrid --fp8-param-gather",
+      why="parameters are only gathered after updates of the distributed optimizer", fix="add --use-distributed-optimizer")
+def fp8_parameters_need_the_distributed_optimizer(args: Any) -> bool:
+    return not args.fp8_param_gather or args.use_distributed_optimizer
+
+
+@rule(DERIVED, "--fp8-param-gather", "--fp16", "--loss-scale",
+      bad="--fp16 --fp8-format hybrid --fp8-param-gather --use-distributed-optimizer",
+      why="a step that is skipped for its loss scale would leave weights rounded by the scales of an earlier step",
+      fix="train with --bf16 and no --loss-scale, or drop --fp8-param-gather")
+def fp8_parameters_are_updated_in_every_step(args: Any) -> bool:
+    return not args.fp8_param_gather or not (args.fp16 or args.loss_scale)
+
+
+@rule(GIVEN, "--fp8-param-gather", "--no-gradient-accumulation-fusion",
+      bad="--bf16 --fp8-format hybrid --fp8-param-gather --use-distributed-optimizer --no-gradient-accumulation-fusion",
+      why="a gradient of an fp8 parameter would be rounded to fp8 before it is accumulated",
+      fix="drop --no-gradient-accumulation-fusion")
+def fp8_parameters_accumulate_in_main_gradients(args: Any) -> bool:
+    return not args.fp8_param_gather or args.gradient_accumulation_fusion
+
+
+@rule(GIVEN, "--fp8-param-gather", "--enable-cuda-graph",
+      bad="--bf16 --fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather --use-distributed-optimizer "
+          "--enable-cuda-graph --attention-dropout 0 --hidden-dropout 0",
+      why="a recorded layer rounds its weight itself, once", fix="drop --enable-cuda-graph or --fp8-param-gather")
+def fp8_parameters_are_not_recorded(args: Any) -> bool:
+    return not (args.fp8_param_gather and args.enable_cuda_graph)
+
+
+@rule(DERIVED, "--fp8-param-gather", "--transformer-impl", bad="",
+      why="Transformer Engine's layers keep their weights in the model's precision here",
+      fix="add --transformer-impl local", device="cuda")
+def fp8_parameters_need_own_layers(args: Any) -> bool:
+    return not (args.fp8_param_gather and args.fp8 and args.transformer_impl == "transformer_engine")
+
+
 @rule(GIVEN, "--fp8-recipe", "--fp8-amax-history-len", "--fp8-amax-compute-algo",
       bad="--fp8-format hybrid --fp8-recipe tensorwise --fp8-amax-history-len 16",
       why="tensorwise scales remember no earlier steps", fix="drop the history flags, or give --fp8-recipe delayed")
