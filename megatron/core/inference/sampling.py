@@ -52,11 +52,12 @@ def sample(
     top_k 1 is greedy; otherwise at most one of top_k and top_p filters what is drawn from (InvariantError, a ValueError,
     for both, or out of range). Ids from `vocab_size` on, the padding of the vocabulary, are never drawn.
     """
+    # Parameters first: they contradict each other whatever the logits are.
+    check_sampling(top_k, top_p, temperature, logits.size(-1) + 1 if vocab_size is None else vocab_size)
     if logits.ndim != 2 or logits.dtype != torch.float32:
         raise InvariantError(
             "logits", f"tokens are drawn from float32 [b, v], not {logits.dtype} {list(logits.shape)}"
         )
-    check_sampling(top_k, top_p, temperature, logits.size(1) + 1 if vocab_size is None else vocab_size)
     if vocab_size is not None:
         logits = without_padding(logits, vocab_size)
     if top_k == 1:

@@ -37,3 +37,17 @@ def test_sample_is_greedy_for_one_and_never_draws_padding() -> None:
         sampling.sample(logits, top_k=2, top_p=0.5)
     with pytest.raises(ValueError, match=r"temperature: .* is not above 0"):
         sampling.sample(logits, temperature=0.0)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"top_k": 2, "top_p": 0.4}, "exclude"),
+        ({"top_p": 1.4}, "is not a probability"),
+        ({"top_k": 110}, "not below"),
+    ],
+)
+def test_parameters_are_judged_before_logits_are_looked_at(parameters: dict[str, Any], words: str) -> None:
+    """As v0.9 asserts: whoever checks parameters need not have logits."""
+    with pytest.raises(AssertionError, match=words):
+        sampling.sample(None, **parameters, vocab_size=100)  # type: ignore[arg-type]
