@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron.core.errors import FlagError, MegatronError
 from tools.checkpoint import tokenizer_files, verification
+from tools.checkpoint.options import positive
 
 # Newer releases' names of the same plug-ins.
 _RENAMED = {"core": "mcore", "legacy": "megatron"}
@@ -97,7 +98,9 @@ def _convert(argv: list[str] | None) -> int:
     )
     parser.add_argument("--load-dir", required=True, help="directory to read")
     parser.add_argument("--save-dir", required=True, help="directory to write")
-    parser.add_argument("--max-queue-size", type=int, default=1, help="messages (layers, mostly) in flight")
+    parser.add_argument(
+        "--max-queue-size", type=positive, default=1, help="messages (layers, mostly) in flight"
+    )
     parser.add_argument(
         "--no-verify", action="store_false", dest="verify", help="do not run both models and compare logits"
     )
@@ -108,6 +111,7 @@ def _convert(argv: list[str] | None) -> int:
     loader.add_arguments(parser)
     saver.add_arguments(parser)
     args = parser.parse_args(argv)
+    tokenizer_files.find(args)  # a wrong directory is better known before the conversion
     channel = Channel(args.max_queue_size)
     failures: list[BaseException] = []
     finished = threading.Event()

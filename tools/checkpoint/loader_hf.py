@@ -18,23 +18,25 @@ from tools.checkpoint import names
 from tools.checkpoint.hf_families import family_of_config
 from tools.checkpoint.hf_model import HuggingFaceModel
 from tools.checkpoint.hf_rules import Family, Heads
+from tools.checkpoint.options import WithoutEffect, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this loader."""
     group = parser.add_argument_group(title="HuggingFace loader")
-    group.add_argument("--true-vocab-size", type=int, help="vocabulary size without padding rows")
+    group.add_argument("--true-vocab-size", type=positive, help="vocabulary size without padding rows")
     group.add_argument("--tokenizer-model", help="recorded in the checkpoint's arguments")
-    group.add_argument(
+    dtype = group.add_mutually_exclusive_group()
+    dtype.add_argument(
         "--bf16", action="store_true", help="store weights in bfloat16; by default as they are"
     )
-    group.add_argument("--fp16", action="store_true", help="store weights in float16; by default as they are")
-    group.add_argument("--model-size", help="accepted for older command lines; config.json says it")
+    dtype.add_argument("--fp16", action="store_true", help="store weights in float16; by default as they are")
+    group.add_argument("--model-size", action=WithoutEffect, help="config.json says it")
     group.add_argument(
         "--checkpoint-type", choices=["hf"], default="hf", help="only HuggingFace directories are read"
     )
-    group.add_argument("--megatron-path", help="accepted for older command lines; not needed")
-    group.add_argument("--loader-transformer-impl", help="accepted for older command lines; not needed")
+    group.add_argument("--megatron-path", action=WithoutEffect, help="nothing is imported from elsewhere")
+    group.add_argument("--loader-transformer-impl", action=WithoutEffect, help="it is Megatron's")
 
 
 class Weights:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from megatron.core.dist_checkpointing import durable
+from megatron.core.errors import FlagError
 from tools.checkpoint import names
 from tools.checkpoint.hf_families import family_of_model
 from tools.checkpoint.hf_model import HuggingFaceModel
 from tools.checkpoint.hf_rules import Heads
 from tools.checkpoint.loader_hf import Weights
+from tools.checkpoint.options import positive
 from tools.checkpoint.receiving import leftover, receive, receive_end, receive_metadata
 from tools.checkpoint.streamed import SafetensorsFile
 
@@ -28,7 +30,9 @@ _TABLES = {"embeddings": "word embeddings", "output layer": "weight", "lm head":
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this saver."""
     group = parser.add_argument_group(title="HuggingFace saver")
-    group.add_argument("--max-shard-megabytes", type=int, default=5000, help="size of one safetensors file")
+    group.add_argument(
+        "--max-shard-megabytes", type=positive, default=5000, help="size of one safetensors file"
+    )
     group.add_argument(
         "--hf-model-type", help="llama, mistral or qwen2, where a model fits several; default: by its biases"
     )
@@ -75,6 +79,8 @@ def save_checkpoint(queue: Any, args: Namespace) -> None:
     md = receive_metadata(queue)
     saved = md.checkpoint_args
     if args.hidden_act is not None:
+        if getattr(saved, "swiglu", False):
+            raise FlagError("--hidden-act", "the model has SwiGLU, not GELU", "leave it out")
         saved.bias_gelu_fusion = False
     family = family_of_model(md, args.hf_model_type)
     if getattr(saved, "ffn_hidden_size", None) is None:

@@ -18,6 +18,7 @@ from megatron.training.checkpointing.state import portable_args
 from tools.checkpoint import loader_mcore, names
 from tools.checkpoint.megatron_model import MegatronModel
 from tools.checkpoint.names import Entry, Message
+from tools.checkpoint.options import WithoutEffect, positive
 from tools.checkpoint.receiving import leftover, pad_vocabulary, receive, receive_end, receive_metadata
 from tools.checkpoint.sources import open_source
 from tools.checkpoint.streamed import Stored, TorchFile
@@ -49,11 +50,18 @@ class Sizes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this saver."""
     group = parser.add_argument_group(title="Megatron saver")
-    group.add_argument("--megatron-path", help="accepted for older command lines; not needed")
-    group.add_argument("--target-tensor-parallel-size", type=int, help="default: as in the source")
-    group.add_argument("--target-pipeline-parallel-size", type=int, help="default: as in the source")
-    group.add_argument("--target-expert-parallel-size", type=int, default=1, help="for models with experts")
-    group.add_argument("--saver-transformer-impl", default="local", choices=["local", "transformer_engine"])
+    group.add_argument("--megatron-path", action=WithoutEffect, help="nothing is imported from elsewhere")
+    group.add_argument("--target-tensor-parallel-size", type=positive, help="default: as in the source")
+    group.add_argument("--target-pipeline-parallel-size", type=positive, help="default: as in the source")
+    group.add_argument(
+        "--target-expert-parallel-size", type=positive, default=1, help="for models with experts"
+    )
+    group.add_argument(
+        "--saver-transformer-impl",
+        action=WithoutEffect,
+        choices=["local", "transformer_engine"],
+        help="what is written loads into layers of either",
+    )
 
 
 def save_checkpoint(queue: Any, args: Namespace) -> None:
@@ -78,10 +86,13 @@ def target_sizes(md: Namespace, args: Namespace) -> Sizes:
         groups = md.checkpoint_args.num_query_groups
     if md.num_attention_heads % tp or groups % tp:
         raise FlagError(
-            "--target-tensor-parallel-size", f"{tp} does not divide the attention heads or query groups"
+            "--target-tensor-parallel-size",
+            f"{tp} does not divide the {md.num_attention_heads} attention heads or the {groups} query groups",
+            "choose a size that divides both",
         )
     if md.num_layers % pp:
-        raise FlagError("--target-pipeline-parallel-size", f"{pp} does not divide the {md.num_layers} layers")
+        why = f"{pp} does not divide the {md.num_layers} layers"
+        raise FlagError("--target-pipeline-parallel-size", why, "choose a size that does")
     if md.model_type == "T5" and pp > 1:
         raise FlagError(
             "--target-pipeline-parallel-size",
@@ -90,7 +101,12 @@ def target_sizes(md: Namespace, args: Namespace) -> Sizes:
         )
     experts = getattr(md, "num_experts", None) or 1
     if experts % ep:
-        raise FlagError("--target-expert-parallel-size", f"{ep} does not divide the {experts} experts")
+        why = (
+            f"{ep} does not divide the {experts} experts"
+            if experts > 1
+            else "the model has no experts to divide"
+        )
+        raise FlagError("--target-expert-parallel-size", why, "choose a size that does, or leave it out")
     return Sizes(tp, pp, ep)
 
 

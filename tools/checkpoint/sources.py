@@ -138,6 +138,9 @@ class TorchSource:
         candidates = self._stages
         if message.layer is not None:
             layers = self._layers[message.stack]
+            if not layers:
+                why = f"it has no {message.stack} layers, so it is no {self._model_type} model"
+                raise CheckpointError(str(self.path), why, "give another --model-type")
             if message.layer >= len(layers):
                 why = f"it has {len(layers)} {message.stack} layers, its arguments say more"
                 raise CheckpointError(str(self.path), why, "restore the missing files")

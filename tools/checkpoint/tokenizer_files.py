@@ -30,10 +30,9 @@ _SUBDIRECTORY = "tokenizer"
 def carry(args: Namespace, saver: ModuleType) -> None:
     """Copy tokenizer files from `--tokenizer-dir`, or from the source, to the target.
 
-    A HuggingFace directory has them beside the model, a Megatron one in `tokenizer/`. FlagError if the directory
-    given has none.
+    A HuggingFace directory has them beside the model, a Megatron one in `tokenizer/`.
     """
-    source = _find(args)
+    source = find(args)
     if source is None:
         return
     target = Path(args.save_dir)
@@ -48,7 +47,8 @@ def carry(args: Namespace, saver: ModuleType) -> None:
     print(f"copied {', '.join(copied)} from {source} to {target}")
 
 
-def _find(args: Namespace) -> Path | None:
+def find(args: Namespace) -> Path | None:
+    """The directory to copy from, or None. FlagError if the one given has no tokenizer files."""
     if args.tokenizer_dir is not None:
         if not _has_any(Path(args.tokenizer_dir)):
             raise FlagError(

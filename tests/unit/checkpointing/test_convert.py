@@ -659,3 +659,70 @@ def test_unknown_plugins_are_named(
 ) -> None:
     assert main(["--model-type", "GPT", "--load-dir", "a", "--save-dir", str(tmp_path), *option]) == 2
     assert option[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("loader", "saver", "flag", "value"),
+    [
+        ("mcore", "hf", "--megatron-path", "elsewhere"),
+        ("mcore", "hf", "--position-embedding-type", "rope"),
+        ("mcore", "hf", "--loader-transformer-impl", "local"),
+        ("hf", "mcore", "--model-size", "7B"),
+        ("hf", "torch_dist", "--saver-transformer-impl", "local"),
+        ("hf", "megatron", "--megatron-path", "elsewhere"),
+    ],
+)
+def test_flags_of_older_command_lines_are_said_to_do_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], loader: str, saver: str, flag: str, value: str
+) -> None:
+    command = ["--model-type", "GPT", "--loader", loader, "--saver", saver]
+    assert (
+        main([*command, "--load-dir", str(tmp_path), "--save-dir", str(tmp_path / "out"), flag, value]) != 0
+    )
+    assert f"{flag} has no effect: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--max-queue-size 0", "--max-shard-megabytes 0", "--true-vocab-size -1", "--target-tensor-parallel-size 0",
+     "--target-pipeline-parallel-size -2", "--bf16 --fp16"],
+)  # fmt: skip
+def test_values_without_a_meaning_are_refused(capsys: pytest.CaptureFixture[str], words: str) -> None:
+    saver = "hf" if "shard" in words else "mcore"
+    command = [
+        "--model-type",
+        "GPT",
+        "--loader",
+        "hf",
+        "--saver",
+        saver,
+        "--load-dir",
+        "a",
+        "--save-dir",
+        "b",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, *words.split()])
+    assert ended.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "said"),
+    [
+        ("gpt", "--saver mcore --target-tensor-parallel-size 3", "--target-tensor-parallel-size: 3 does not divide"),
+        ("gpt", "--saver mcore --target-pipeline-parallel-size 3", "--target-pipeline-parallel-size: 3 does not"),
+        ("gpt", "--saver mcore --target-expert-parallel-size 2", "the model has no experts"),
+        ("gpt", "--saver mcore --vocab-file nowhere", "--vocab-file nowhere: it is no JSON vocabulary"),
+        ("gpt", "--saver mcore --tokenizer-dir nowhere", "--tokenizer-dir nowhere: it has none of"),
+        ("gpt", "--saver mcore --model-type T5", "it is no T5 model. Fix: give another --model-type"),
+        ("llama", "--saver hf --hidden-act gelu", "--hidden-act: the model has SwiGLU"),
+    ],
+)  # fmt: skip
+def test_what_a_model_does_not_have_is_refused(
+    recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, words: str, said: str
+) -> None:
+    command = ["--model-type", "GPT", "--loader", "mcore", "--load-dir", str(recorded / model / "tp1pp1")]
+    assert main([*command, "--save-dir", str(tmp_path / "out"), *words.split()]) != 0
+    message = capsys.readouterr().err
+    assert said in message and " Fix: " in message
