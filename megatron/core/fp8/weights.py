@@ -53,9 +53,14 @@ class Fp8Weight:
         record.stands_for = self.param  # type: ignore[attr-defined]
         return record
 
-    @torch.no_grad()
     def assign(self, values: Tensor) -> None:
         """Take whole new values [o, i], equal on all replicas."""
+        self.operands.note_weight(None)
+        self.restore(values)
+
+    @torch.no_grad()
+    def restore(self, values: Tensor) -> None:
+        """Take values from a checkpoint, whose amax before they were rounded is known if its scales were."""
         self.given = values.detach().to(self.param.device, self.dtype)
         self.expect(largest(self.given))
         self.round(slice(None), self.given)

@@ -338,7 +338,7 @@ class _ParallelLinear(torch.nn.Module):
             self._fp8.note_weight(None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if kept is not None and values is not None and values.shape == kept.param.shape:
-            kept.assign(values)
+            kept.restore(values)
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
