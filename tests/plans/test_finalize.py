@@ -388,6 +388,11 @@ def test_a_flag_that_another_overrules_says_so(flag: Flag, other: str) -> None:
         ("--data-path 1 a 1 b --num-dataset-builder-threads 2", ""),
         ("--mock-data --data-cache-path d", ""),
         ("--no-initialization --load a", ""),
+        ("--fp8-format hybrid --first-last-layers-bf16", ""),
+        (
+            "--fp8-format hybrid --first-last-layers-bf16 --num-layers-at-start-in-bf16 3",
+            "--fp8-format has no effect: --first-last-layers-bf16 keeps every layer",
+        ),
         (
             "--lr-decay-style constant --lr-decay-iters 5",
             "--lr-decay-iters has no effect beside --lr-decay-style",

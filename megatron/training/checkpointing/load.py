@@ -252,6 +252,9 @@ def _read(
 
 
 def _read_rank_files(source: Source, args: Namespace) -> dict[str, Any]:
+    for dest in ("dist_ckpt_strictness", "ckpt_fully_parallel_load"):
+        if dest in getattr(args, "args_given", ()):
+            say(f"--{dest.replace('_', '-')} has no effect: {source.path} is in the torch format")
     path = Path(get_checkpoint_name(source.root, source.tracked.iteration, source.tracked.release))
     state: dict[str, Any] = {}
     with together():

@@ -299,6 +299,15 @@ def softmax_precision(args: Any) -> None:
         args.attention_softmax_in_fp32 = True
 
 
+@step(STEPS, reads="fp8 first_last_layers_bf16 num_layers num_layers_at_start_in_bf16 num_layers_at_end_in_bf16",
+      writes="")  # fmt: skip
+def fp8_layers(args: Any) -> str | None:
+    ends = args.num_layers_at_start_in_bf16 + args.num_layers_at_end_in_bf16
+    if args.fp8 is None or not args.first_last_layers_bf16 or ends < args.num_layers:
+        return None
+    return "--fp8-format has no effect: --first-last-layers-bf16 keeps every layer out of it"
+
+
 @step(STEPS, reads="moe_use_upcycling", writes="no_load_optim no_load_rng")
 def upcycling(args: Any) -> None:
     """The dense checkpoint's optimizer and random state do not fit the model it turns into."""

@@ -149,6 +149,25 @@ def test_checkpoints_without_optimizer_or_random_states(
         assert "the optimizer starts afresh" in printed and "no random states" in printed
 
 
+def test_flags_of_the_distributed_format_are_named_where_files_are_of_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {
+        "dist_ckpt_strictness": "raise_all",
+        "ckpt_fully_parallel_load": True,
+        "args_given": ["dist_ckpt_strictness"],
+    }
+    for ckpt_format, said in (("torch", True), ("torch_dist", False)):
+        directory = tmp_path / ckpt_format
+        run = Run(arguments(directory, ckpt_format=ckpt_format))
+        run.step()
+        run.save()
+        Run(arguments(directory, ckpt_format=ckpt_format, **flags)).load()
+        printed = capsys.readouterr().out
+        assert ("--dist-ckpt-strictness has no effect: " in printed) == said
+        assert "--ckpt-fully-parallel-load" not in printed
+
+
 def test_incompatible_settings_are_all_named(tmp_path: Path) -> None:
     saved = Namespace(num_layers=2, hidden_size=8, num_attention_heads=2, tensor_model_parallel_size=2)
     with pytest.raises(CheckpointError) as caught:
