@@ -192,6 +192,25 @@ def test_bytes_per_parameter(precision: str, each: int, shared: int, replicas: i
     assert held == pytest.approx(numel * (each + shared / replicas), rel=0.01)
 
 
+def test_bytes_of_fp8_weights() -> None:
+    """Kept in bf16 a weight of an fp8 layer takes two bytes and its two operands two more, kept in fp8 two in all."""
+    words = TINY + "--bf16 --use-distributed-optimizer --world-size 4 --fp8-format hybrid "
+    kept, plain = of(words + "--fp8-param-gather"), of(words)
+    in_fp8 = sum(p.numel for row in kept.stages for chunk in row for p in chunk.parameters if p.fp8)
+    assert in_fp8 > 0
+    saved = plain.memory[0].weights - kept.memory[0].weights
+    assert saved == pytest.approx(2 * in_fp8, rel=0.02)  # the filling of one more buffer
+    sent = [sum(row.bytes for row in found.traffic(0) if row.what == "parameters") for found in (plain, kept)]
+    assert sent[0] - sent[1] == in_fp8 * 3 / 4
+
+
+def test_fp8_products_take_less_time() -> None:
+    assert (
+        of(GPT3 + "--world-size 1024 --fp8-format hybrid").step.seconds
+        < of(GPT3 + "--world-size 1024").step.seconds
+    )
+
+
 def test_activations_in_flight_follow_the_plan() -> None:
     found = of(GPT3 + "--world-size 1024")
     one = inventory.kept_bytes(found.workload, found.works[5][0])

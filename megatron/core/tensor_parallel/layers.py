@@ -592,7 +592,8 @@ class RowParallelLinear(_ParallelLinear):
         )
 
 
-def _fp8_layers(chunk: torch.nn.Module) -> list[tuple[_ParallelLinear, fp8.Fp8Operands]]:
+def fp8_layers(chunk: torch.nn.Module) -> list[tuple[_ParallelLinear, fp8.Fp8Operands]]:
+    """The linear layers of a model chunk whose products are in fp8, with their operands."""
     return [
         (module, module._fp8)
         for module in chunk.modules()
@@ -605,7 +606,7 @@ def keep_weights_in_fp8(chunk: torch.nn.Module) -> None:
 
     ConfigError for a layer whose gradients are not added to a main gradient: fp8 could not hold them.
     """
-    for layer, operands in _fp8_layers(chunk):
+    for layer, operands in fp8_layers(chunk):
         assert isinstance(layer.weight, Parameter), "an fp8 layer has a weight of its own"
         if not layer.gradient_accumulation_fusion:
             raise ConfigError(
@@ -619,6 +620,6 @@ def keep_weights_in_fp8(chunk: torch.nn.Module) -> None:
 
 def update_fp8_scales(model: Sequence[torch.nn.Module], config: TransformerConfig) -> None:
     """At the end of a step: new scales for the fp8 layers of these chunks; all ranks of their stage must call."""
-    operands = [operands for chunk in model for _, operands in _fp8_layers(chunk)]
+    operands = [operands for chunk in model for _, operands in fp8_layers(chunk)]
     groups = parallel_state.resolve(None)
     fp8.update_scales(operands, groups.tp_cp if config.tp_only_amax_red else groups.tp_dp_cp)

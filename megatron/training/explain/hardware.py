@@ -22,8 +22,8 @@ class DeviceProfile:
 
     Rates in FLOP/s and bytes/s, per device and direction. A GEMM [m, k] x [k, n] runs at
     `peak * gemm_share / (1 + half_rows/m + half_rows/n + half_depth/k)`: the shares of tiles that are filled and of the
-    time spent in the main loop. `attention_share` of the peak is what fused attention reaches, `memory_share` of the
-    bandwidth what passes over memory reach, `link_share` and
+    time spent in the main loop. With fp8 operands `peak_fp8` takes the place of `peak`. `attention_share` of the peak is
+    what fused attention reaches, `memory_share` of the bandwidth what passes over memory reach, `link_share` and
     `network_share` of links and adapters what transfers reach. `hidden_tensor` is the share of
     tensor-parallel transfers that overlap hides. `launch_s` is added to every GEMM and attention, `step_s` to every
     step (data, logging, the optimizer's host work), and `jitter` is what a step takes longer than its parts: stragglers.
@@ -32,6 +32,7 @@ class DeviceProfile:
 
     name: str
     peak: float
+    peak_fp8: float
     gemm_share: float
     half_rows: float
     half_depth: float
@@ -50,10 +51,10 @@ class DeviceProfile:
     jitter: float
     capacity: float
 
-    def gemm_seconds(self, m: float, n: float, k: float) -> float:
+    def gemm_seconds(self, m: float, n: float, k: float, fp8: bool = False) -> float:
         """Time of one GEMM [m, k] x [k, n]."""
         share = self.gemm_share / (1 + self.half_rows / m + self.half_rows / n + self.half_depth / k)
-        return self.launch_s + 2.0 * m * n * k / (self.peak * share)
+        return self.launch_s + 2.0 * m * n * k / ((self.peak_fp8 if fp8 else self.peak) * share)
 
     def pass_seconds(self, moved_bytes: float) -> float:
         """Time to read and write so many bytes of device memory."""
@@ -90,6 +91,7 @@ class DeviceProfile:
 H100 = DeviceProfile(
     name="h100",
     peak=989.5 * TFLOP,
+    peak_fp8=1979 * TFLOP,
     gemm_share=0.64,
     half_rows=96,
     half_depth=256,
@@ -118,6 +120,7 @@ PROFILES = {
         H100,
         name="a100",
         peak=312 * TFLOP,
+        peak_fp8=312 * TFLOP,  # without units of its own
         gemm_share=0.80,
         memory=2039 * GB,
         link=300 * GB,
@@ -127,6 +130,7 @@ PROFILES = {
     "cpu": DeviceProfile(
         name="cpu",
         peak=100e9,
+        peak_fp8=100e9,  # emulated
         gemm_share=0.9,
         half_rows=16,
         half_depth=32,

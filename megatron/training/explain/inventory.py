@@ -28,7 +28,7 @@ class Work:
     tensors in bytes: `gathered` over the tensor-parallel group (all-gather or reduce-scatter) in the forward pass,
     `gathered_back` waited for in the backward pass, `gathered_behind` behind a GEMM of the backward pass, `ring` the keys
     and values that pass around the context-parallel ranks, `exchanged` what a rank sends to other experts' ranks. `core` is
-    what selective recomputation runs again.
+    what selective recomputation runs again. `fp8`: the GEMMs have fp8 operands.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Work:
     exchanged: float = 0.0
     weights: float = 0.0
     core: bool = False
+    fp8: bool = False
 
     @property
     def flops(self) -> float:
@@ -51,7 +52,9 @@ class Work:
         return self.attention + sum(2 * m * n * k for m, n, k in self.gemms)
 
 
-def _column(name: str, w: Workload, rows: float, inputs: int, outputs: float, kept: float) -> Work:
+def _column(
+    name: str, w: Workload, rows: float, inputs: int, outputs: float, kept: float, fp8: bool = False
+) -> Work:
     """A column-parallel linear: gathers its input's tokens, or sums its input's gradient."""
     whole = rows * inputs * w.bytes if w.tp > 1 else 0.0
     weights = inputs * outputs
@@ -61,12 +64,17 @@ def _column(name: str, w: Workload, rows: float, inputs: int, outputs: float, ke
         kept=kept,
         gathered=whole if w.sequence_parallel else 0.0,
         gathered_behind=2 * whole,  # gather again and reduce-scatter, or an all-reduce
-        moved_back=2 * weights * w.gradient_bytes,  # the weight gradient is added to its accumulator
+        moved=_quantising(w, rows * inputs) if fp8 else 0.0,
+        # The weight gradient is added to its accumulator.
+        moved_back=2 * weights * w.gradient_bytes + (_quantising(w, rows * outputs) if fp8 else 0.0),
         weights=weights,
+        fp8=fp8,
     )
 
 
-def _row(name: str, w: Workload, rows: float, inputs: float, outputs: int, kept: float) -> Work:
+def _row(
+    name: str, w: Workload, rows: float, inputs: float, outputs: int, kept: float, fp8: bool = False
+) -> Work:
     """A row-parallel linear: sums its output over the ranks."""
     whole = rows * outputs * w.bytes if w.tp > 1 else 0.0
     weights = inputs * outputs
@@ -76,9 +84,29 @@ def _row(name: str, w: Workload, rows: float, inputs: float, outputs: int, kept:
         kept=kept,
         gathered=whole if w.sequence_parallel else 2 * whole,
         gathered_back=whole if w.sequence_parallel else 0.0,
-        moved_back=2 * weights * w.gradient_bytes,
+        moved=_quantising(w, rows * inputs) if fp8 else 0.0,
+        moved_back=2 * weights * w.gradient_bytes + (_quantising(w, rows * outputs) if fp8 else 0.0),
         weights=weights,
+        fp8=fp8,
     )
+
+
+def _quantising(w: Workload, elements: float) -> float:
+    """Bytes moved to make an fp8 operand: read once, written as it is and transposed."""
+    return elements * (w.bytes + 2)
+
+
+def _input(w: Workload, rows: float, held: float, width: float, fp8: bool) -> float:
+    """Bytes that a column-parallel linear keeps of its input: as it came, or in fp8 what is not gathered again."""
+    gathers = w.sequence_parallel and w.tp > 1
+    return rows * width if fp8 and w.fp8_wgrad and not gathers else held * width * w.bytes
+
+
+def _divided_input(w: Workload, elements: float, fp8: bool, needed: bool) -> float:
+    """Bytes that are kept of a row-parallel linear's input; `needed`: whoever made it keeps it too."""
+    if not (fp8 and w.fp8_wgrad):
+        return elements * w.bytes
+    return elements * (1 + w.bytes * needed)
 
 
 def _norm(w: Workload, held: float) -> Work:
@@ -129,7 +157,7 @@ def _attention(w: Workload, rows: float, queries: int, keys: int, causal: bool) 
     )
 
 
-def _mlp(w: Workload, rows: float, held: float, name: str = "") -> list[Work]:
+def _mlp(w: Workload, rows: float, held: float, name: str = "", fp8: bool = False) -> list[Work]:
     """Up, activation, down; `rows` tokens of which this rank holds `held` outside."""
     width = w.ffn / w.tp
     up, e = rows * width * (2 if w.gated else 1) * w.bytes, w.bytes
@@ -137,9 +165,25 @@ def _mlp(w: Workload, rows: float, held: float, name: str = "") -> list[Work]:
     # What the activation keeps beside its input: on a CPU, where time is scarcer, an intermediate.
     extra = down if w.on_cpu and (w.gated or e == 4) and w.fused_activation else 0.0
     return [
-        _column(f"{name}fc1", w, rows, w.hidden, width * (2 if w.gated else 1), kept=held * w.hidden * e),
+        _column(
+            f"{name}fc1",
+            w,
+            rows,
+            w.hidden,
+            width * (2 if w.gated else 1),
+            kept=_input(w, rows, held, w.hidden, fp8),
+            fp8=fp8,
+        ),
         Work(f"{name}activation", moved=up + down, moved_back=2 * up + down, kept=up + extra),
-        _row(f"{name}fc2", w, rows, width, w.hidden, kept=down),
+        _row(
+            f"{name}fc2",
+            w,
+            rows,
+            width,
+            w.hidden,
+            kept=_divided_input(w, rows * width, fp8, needed=False),
+            fp8=fp8,
+        ),
     ]
 
 
@@ -159,17 +203,18 @@ def _experts(w: Workload, rows: float, held: float) -> list[Work]:
     return [dispatch, *_mlp(w, rows * w.topk, routed, "expert ")]
 
 
-def layer(w: Workload, *, decoder: bool, cross: bool = False) -> list[Work]:
-    """One transformer layer; `cross`: with attention to an encoder's output."""
+def layer(w: Workload, *, decoder: bool, cross: bool = False, fp8: bool = False) -> list[Work]:
+    """One transformer layer; `cross`: with attention to an encoder's output, `fp8`: with fp8 products."""
     rows, keys = (w.decoder_tokens, w.decoder_seq) if cross else (w.tokens, w.seq)
     held, e = rows * w.replicated, w.bytes
+    inner = w.heads * w.head / w.tp
     per_token = (w.heads + 2 * w.groups) * w.head / w.tp
     rotated = rows * (w.heads / w.tp + w.keyed_heads) * w.head * e if w.rope else 0.0
     copied = rows * w.heads / w.tp * w.head * e if w.groups < w.heads and not w.rope else 0.0
     causal = cross or (decoder and w.causal)
     works = [
         _norm(w, held),
-        _column("qkv", w, rows, w.hidden, per_token, kept=held * w.hidden * e),
+        _column("qkv", w, rows, w.hidden, per_token, kept=_input(w, rows, held, w.hidden, fp8), fp8=fp8),
         Work(
             "rope" if w.rope else "heads",
             moved=2 * rotated + 2 * copied,
@@ -177,21 +222,47 @@ def layer(w: Workload, *, decoder: bool, cross: bool = False) -> list[Work]:
             kept=rows * per_token * e + rotated + copied,
         ),
         _attention(w, rows, keys, keys, causal),
-        _row("proj", w, rows, w.heads * w.head / w.tp, w.hidden, kept=rows * w.heads / w.tp * w.head * e),
+        _row(
+            "proj",
+            w,
+            rows,
+            inner,
+            w.hidden,
+            kept=_divided_input(w, rows * inner, fp8, needed=w.attention == "flash"),
+            fp8=fp8,
+        ),
         _join(w, held),
     ]
     if cross:
-        inner = w.heads * w.head / w.tp
+        source = _input(w, w.tokens, 0.0, w.hidden, fp8)  # as it came it is kept once, by the encoder
         works += [
             _norm(w, held),
-            _column("cross q", w, rows, w.hidden, inner, kept=held * w.hidden * e + rows * inner * e),
-            _column("cross kv", w, w.tokens, w.hidden, 2 * inner, kept=2 * w.tokens * inner * e),
+            _column(
+                "cross q",
+                w,
+                rows,
+                w.hidden,
+                inner,
+                kept=_input(w, rows, held, w.hidden, fp8) + rows * inner * e,
+                fp8=fp8,
+            ),
+            _column(
+                "cross kv", w, w.tokens, w.hidden, 2 * inner, kept=source + 2 * w.tokens * inner * e, fp8=fp8
+            ),
             _attention(w, rows, keys, w.seq, False),
-            _row("cross proj", w, rows, inner, w.hidden, kept=rows * inner * e),
+            _row(
+                "cross proj",
+                w,
+                rows,
+                inner,
+                w.hidden,
+                kept=_divided_input(w, rows * inner, fp8, needed=w.attention == "flash"),
+                fp8=fp8,
+            ),
             _join(w, held),
         ]
     works.append(_norm(w, held))
-    works += _experts(w, rows, held) if w.experts else _mlp(w, rows, held)
+    works += _experts(w, rows, held) if w.experts else _mlp(w, rows, held, fp8=fp8)
     works.append(_join(w, held))
     return works
 
@@ -264,9 +335,10 @@ def chunk_work(w: Workload, chunk: Chunk) -> ChunkWork:
     kinds = [(chunk.encoder_layers, False, False), (chunk.decoder_layers, True, w.encoder_decoder)]
     groups = []
     for layers, decoder, cross in kinds:
-        if layers:
-            works = tuple(layer(w, decoder=decoder, cross=cross))
-            groups += [LayerGroup(works, count, segment) for count, segment in _segments(w, layers)]
+        for alike, fp8 in ((layers - chunk.fp8_layers, False), (min(layers, chunk.fp8_layers), True)):
+            if alike > 0:
+                works = tuple(layer(w, decoder=decoder, cross=cross, fp8=fp8))
+                groups += [LayerGroup(works, count, segment) for count, segment in _segments(w, alike)]
     held = w.tokens * w.replicated * w.hidden * w.residual_bytes
     return ChunkWork(tuple(front), tuple(groups), tuple(back), held)
 

@@ -33,13 +33,18 @@ def stage_memory(w: Workload, stage: int, chunks: Sequence[Chunk], works: Sequen
     weights = gradients = optimizer = 0.0
     for chunk in chunks:
         for expert in (False, True):
-            sizes = [p.numel for p in chunk.parameters if p.expert == expert]
             replicas = w.dp * w.cp // (w.ep if expert else 1)
-            padded = buffer_numel(sizes, w, replicas)
-            weights += (padded if w.distributed_optimizer else sum(sizes)) * w.bytes
-            gradients += padded * w.gradient_bytes
-            owned = padded / replicas if w.distributed_optimizer else padded
-            optimizer += owned * optimizer_bytes(w)
+            for each in sorted({w.weight_bytes(p) for p in chunk.parameters}):
+                sizes = [
+                    p.numel for p in chunk.parameters if p.expert == expert and w.weight_bytes(p) == each
+                ]
+                padded = buffer_numel(sizes, w, replicas)
+                weights += (padded if w.distributed_optimizer else sum(sizes)) * each
+                gradients += padded * w.gradient_bytes
+                owned = padded / replicas if w.distributed_optimizer else padded
+                optimizer += owned * optimizer_bytes(w, each)
+        # The fp8 operands, as they are and transposed, live from step to step.
+        weights += sum(p.numel for p in chunk.parameters if p.fp8) * (1 if w.fp8_weights else 2)
     held = tuple(held_over_time(w, stage, works))
     return StageMemory(weights, gradients, optimizer, max(held), held)
 
@@ -53,10 +58,10 @@ def buffer_numel(sizes: Sequence[int], w: Workload, replicas: int) -> int:
     return layout.numel
 
 
-def optimizer_bytes(w: Workload) -> int:
-    """Per parameter: moments, the fp32 copies of half-precision weights, and of half-precision gradients."""
+def optimizer_bytes(w: Workload, weight_bytes: int) -> int:
+    """Per parameter: moments, the fp32 copies of weights of fewer bytes, and of half-precision gradients."""
     moments = 8 if w.adam else 4
-    copies = 4 if w.bytes == 2 else 0
+    copies = 4 if weight_bytes < 4 else 0
     return moments + copies + (4 if w.gradient_bytes == 2 else 0)
 
 

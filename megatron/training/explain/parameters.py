@@ -18,6 +18,7 @@ from megatron.core.enums import ModelType
 from megatron.core.kernels import capability, registry
 from megatron.core.kernels.capability import Capabilities
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import fp8_layers
 from megatron.core.timers import Timers
 from megatron.core.topology import Layout
 from megatron.core.transformer.layer_split import split_layers
@@ -28,13 +29,15 @@ from megatron.training.context import TrainContext
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of one rank. `whole`: the same on all tensor-parallel ranks; `shared`: a copy of another stage's."""
+    """One tensor of one rank. `whole`: the same on all tensor-parallel ranks; `shared`: a copy of another stage's; `fp8`:
+    the weight of an fp8 layer."""
 
     name: str
     numel: int
     whole: bool = False
     shared: bool = False
     expert: bool = False
+    fp8: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ class Chunk:
     def numel(self) -> int:
         """Elements on one rank."""
         return sum(p.numel for p in self.parameters)
+
+    @property
+    def fp8_layers(self) -> int:
+        """Layers whose products are in fp8."""
+        return sum(p.fp8 and p.name.endswith("linear_fc2.weight") for p in self.parameters)
 
 
 Stages = tuple[tuple[Chunk, ...], ...]
@@ -167,10 +175,12 @@ def place_of(args: Namespace, stage: int) -> ProcessGroupCollection:
 
 def _parameters(model: torch.nn.Module) -> tuple[Parameter, ...]:
     """What the model says about its tensors, by the classic attributes."""
+    in_fp8 = {layer.weight for layer, _ in fp8_layers(model)}
     return tuple(
         Parameter(
             name,
             param.numel(),
+            fp8=param in in_fp8,
             whole=not getattr(param, "tensor_model_parallel", False),
             shared=getattr(param, "shared", False),
             expert=not getattr(param, "allreduce", True),

@@ -34,7 +34,7 @@ class StepTime:
 def forward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
     """One operation's forward pass, transfers that it waits for included."""
     gathered = d.ring_seconds(work.gathered, w.tp, 1) if work.gathered else 0.0
-    seconds = sum(d.gemm_seconds(*gemm) for gemm in work.gemms) + d.pass_seconds(work.moved)
+    seconds = sum(d.gemm_seconds(*gemm, work.fp8) for gemm in work.gemms) + d.pass_seconds(work.moved)
     seconds += _exposed(w, d, gathered)
     if work.attention:
         seconds += _attention_seconds(w, d, work.attention, work.ring)
@@ -45,7 +45,10 @@ def forward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
 
 def backward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
     """One operation's backward pass."""
-    gemms = sum(d.gemm_seconds(m, k, n) + d.gemm_seconds(n, k, m) for m, n, k in work.gemms)
+    gemms = sum(
+        d.gemm_seconds(m, k, n, work.fp8) + d.gemm_seconds(n, k, m, work.fp8 and w.fp8_wgrad)
+        for m, n, k in work.gemms
+    )
     waited = d.ring_seconds(work.gathered_back, w.tp, 1) if work.gathered_back else 0.0
     behind = d.ring_seconds(work.gathered_behind, w.tp, 1) if work.gathered_behind else 0.0
     seconds = max(gemms, behind) + d.pass_seconds(work.moved_back) + _exposed(w, d, waited)
@@ -142,14 +145,14 @@ def _gather_stall(w: Workload, d: DeviceProfile, stages: Stages, lines: Lines, s
     """
     if not w.distributed_optimizer or _replicas(w) == 1:
         return 0.0
-    whole = d.ring_seconds(sum(c.numel for c in stages[stage]) * w.bytes, _replicas(w), w.tp)
+    whole = d.ring_seconds(w.sent_bytes(stages[stage]), _replicas(w), w.tp)
     if not w.overlap_gather:
         return whole
     first = {op.chunk: (start, end) for op, start, end in reversed(lines[stage]) if op.kind == "F"}
     done = stall = 0.0
-    numel = max(1, sum(c.numel for c in stages[stage]))
+    sent = max(1, w.sent_bytes(stages[stage]))
     for chunk, part in enumerate(stages[stage]):
-        done += whole * part.numel / numel
+        done += whole * w.sent_bytes([part]) / sent
         layers = max(1, part.encoder_layers + part.decoder_layers)
         start, end = first[chunk]
         stall = max(stall, done - (start + (end - start) * (layers - 1) / layers))

@@ -50,7 +50,8 @@ def of_stage(
             replicas = w.dp * w.cp // (w.ep if param.expert else 1)
             rings = 1 if w.distributed_optimizer else 2
             reduced += param.numel * w.gradient_bytes * rings * _ring(replicas)
-            gathered += param.numel * w.bytes * _ring(replicas) if w.distributed_optimizer else 0.0
+            if w.distributed_optimizer:
+                gathered += param.numel * w.weight_bytes(param) * _ring(replicas)
     rows += [
         Traffic("data", "gradients", reduced, near),
         Traffic("data", "parameters", gathered, near),

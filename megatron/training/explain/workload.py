@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron.training.explain.parameters import Stages, stages_of
+from megatron.training.explain.parameters import Chunk, Parameter, Stages, stages_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,16 @@ class Workload:
     fused_activation: bool
     encoder_decoder: bool
     distribute_saved: bool
+    fp8_wgrad: bool
+    fp8_weights: bool
+
+    def weight_bytes(self, param: Parameter) -> int:
+        """What an element of a parameter takes, in memory and on the wire."""
+        return 1 if param.fp8 and self.fp8_weights else self.bytes
+
+    def sent_bytes(self, chunks: Iterable[Chunk]) -> int:
+        """All parameters of these chunks, as they are gathered."""
+        return sum(p.numel * self.weight_bytes(p) for chunk in chunks for p in chunk.parameters)
 
     @property
     def tokens(self) -> int:
@@ -143,4 +154,6 @@ def workload(args: Namespace, stages: Stages, script: str, attention: str, on_cp
         fused_activation=args.bias_swiglu_fusion if args.swiglu else args.bias_gelu_fusion,
         encoder_decoder=script == "pretrain_t5",
         distribute_saved=args.distribute_saved_activations,
+        fp8_wgrad=args.fp8_wgrad,
+        fp8_weights=args.fp8_param_gather,
     )
