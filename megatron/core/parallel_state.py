@@ -136,16 +136,18 @@ def initialize_model_parallel(
         embedding_ranks=get_embedding_ranks,
         position_embedding_ranks=get_position_embedding_ranks,
     )
-    assumed = _STATE.collection or ProcessGroupCollection()
-    assert assumed.layout is None, "model parallel groups are already initialized"
+    collection = _STATE.collection or ProcessGroupCollection()
+    assert collection.layout is None, "model parallel groups are already initialized"
     settings = _read_nccl_settings(nccl_communicator_config_path)
-    collection = process_groups_config.create(
+    created = process_groups_config.create(
         layout,
         timeout=timedelta(minutes=distributed_timeout_minutes),
         options_for=(lambda kind: get_nccl_options(kind, settings)) if settings else None,
     )
-    # What the setters assumed before the groups existed (lazy initialisation) stays in force.
-    collection.assumed_sizes, collection.assumed_ranks = assumed.assumed_sizes, assumed.assumed_ranks
+    # Layers built before the groups existed (lazy initialisation) hold the collection that the setters made: it gets the
+    # groups, and what it assumes stays in force.
+    created.assumed_sizes, created.assumed_ranks = collection.assumed_sizes, collection.assumed_ranks
+    vars(collection).update(vars(created))
     if virtual_pipeline_model_parallel_size is not None:
         _STATE.virtual_rank, _STATE.virtual_size = 0, virtual_pipeline_model_parallel_size
     _STATE.split_rank = pipeline_model_parallel_split_rank

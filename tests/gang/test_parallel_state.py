@@ -11,10 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.core import parallel_state as mpu
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.replicas import check_param_hashes_across_dp_replicas, differing_parameters
 from megatron.core.tensor_parallel import broadcast_data
 from megatron.core.timers import Timers
 from megatron.core.topology import Layout
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.gang.harness import run_gang
 
 
@@ -131,6 +134,35 @@ def test_virtual_stages_splits_and_assumed_places() -> None:
     no, yes = (False, False), (True, True)
     assert first == [(True, False), no, no, (True, False), (True, False), (True, True), yes]
     assert last == [no, no, (False, True), (False, True), (False, True), (False, True), yes]
+
+
+def _mixture(dispatcher: str) -> MoELayer:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=4, add_bias_linear=False,
+        moe_token_dispatcher_type=dispatcher, expert_model_parallel_size=2, use_cpu_initialization=True,
+    )  # fmt: skip
+    return MoELayer(config, get_gpt_layer_local_spec(num_experts=4).submodules.mlp.submodules)
+
+
+def _built_before_the_groups(dispatcher: str) -> None:
+    """Body: a layer built on the places that the setters tell of exchanges tokens like one built on the groups."""
+    mpu.set_expert_model_parallel_world_size(2)
+    mpu.set_expert_model_parallel_rank(dist.get_rank())
+    torch.manual_seed(3)
+    early = _mixture(dispatcher)
+    # Nothing is seeded yet but the default generator.
+    torch.manual_seed(3)
+    torch.testing.assert_close(early.router.weight.detach(), torch.empty(4, 8).normal_(std=0.02))
+    mpu.initialize_model_parallel(expert_model_parallel_size=2)
+    late = _mixture(dispatcher)
+    late.load_state_dict(early.state_dict())
+    hidden = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(dist.get_rank()))
+    torch.testing.assert_close(early(hidden)[0], late(hidden)[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
+def test_layers_built_before_the_groups_use_them(dispatcher: str) -> None:
+    run_gang(2, _built_before_the_groups, dispatcher)
 
 
 def _encoder_stages() -> tuple[Any, ...]:

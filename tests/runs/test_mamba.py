@@ -55,6 +55,7 @@ CASES = {
     "tp4": (4, 4, HYBRID, "--tensor-model-parallel-size 4"),
     "tp2 + sp": (2, 2, HYBRID, TP2 + "--sequence-parallel"),
     "pp2": (2, 1, HYBRID, PP2),
+    "pp2 deferred": (2, 1, HYBRID, PP2 + "--defer-embedding-wgrad-compute"),
     "pp4": (4, 1, HYBRID, "--pipeline-model-parallel-size 4"),
     "pp2 uneven": (2, 1, HYBRID, PP2 + "--decoder-first-pipeline-num-layers 3"),
     "embedding stage": (2, 1, HYBRID, PP2 + "--standalone-embedding-stage"),
@@ -78,8 +79,8 @@ CASES = {
 IN_SINGLE_PRECISION = ("tp2 + sp x pp2", "dp2 + distopt + overlap")
 #: One case per mechanism; the others are combinations and variants of them.
 QUICK = (
-    "pp2", "dp2 + distopt + overlap", "tp2 + sp x pp2", "recompute uniform", "recompute selective", "plain tp2",
-    "gated tp2 + sp x pp2",
+    "pp2", "pp2 deferred", "dp2 + distopt + overlap", "tp2 + sp x pp2", "recompute uniform", "recompute selective",
+    "plain tp2", "gated tp2 + sp x pp2",
 )  # fmt: skip
 slow = pytest.mark.slow
 

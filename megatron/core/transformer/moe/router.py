@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ class Router(ABC, MegatronModule):
         self.groups = parallel_state.resolve(pg_collection)
         weight = torch.empty((self.num_experts, config.hidden_size), dtype=torch.float32)
         if config.perform_initialization:
-            # All tensor and expert parallel ranks must draw the same router.
-            with get_cuda_rng_tracker().fork(get_data_parallel_rng_tracker_name()):
+            # All tensor and expert parallel ranks must draw the same router; before the states are seeded their callers see
+            # to that.
+            states = get_cuda_rng_tracker()
+            shared = get_data_parallel_rng_tracker_name()
+            with states.fork(shared) if states.is_initialized() else nullcontext():
                 derived(config.init_method)(weight)
         self.weight = torch.nn.Parameter(weight.to(config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -58,13 +58,6 @@ def layers_are_not_recorded(args: Any) -> bool:
     return not args.enable_cuda_graph
 
 
-@rule(HYBRID, "--defer-embedding-wgrad-compute",
-      bad="--defer-embedding-wgrad-compute --pipeline-model-parallel-size 2",
-      why="only GPT keeps its output layer's gradient products for later", fix="drop it")
-def output_gradient_is_computed_at_once(args: Any) -> bool:
-    return not args.defer_embedding_wgrad_compute
-
-
 @rule(HYBRID, "--qk-layernorm", bad="--qk-layernorm",
       why="what the attention layers are made of stands in --spec, and that has no norms of queries and keys",
       fix="drop it, and put them into a specification of your own")
