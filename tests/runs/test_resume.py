@@ -76,6 +76,7 @@ ALWAYS = {
     ("torch", "dp2 distopt overlap", "bf16"),
     ("torch", "tp2 pp2", "fp32"),
     ("torch", "sgd cyclic", "fp32"),
+    ("torch", "cp2", "bf16"),
     ("torch_dist", "one process", "bf16"),
     ("torch_dist", "dp2 distopt overlap", "fp32"),
     ("torch_dist", "tp2 sp", "bf16"),

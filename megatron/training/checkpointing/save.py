@@ -152,10 +152,13 @@ def _write_rank_files(
     optimizer: Any,
     args: Namespace,
 ) -> None:
-    """Torch format: the first data-parallel rank of each model-parallel rank writes its part into staging."""
+    """Torch format: the first data- and context-parallel rank of each model-parallel rank writes its part into staging."""
     final = Path(save_dir) / Tracked(iteration).directory
     staged = durable.staging_path(final) / Path(path).relative_to(final)
-    writes = not torch.distributed.is_initialized() or mpu.get_data_modulo_expert_parallel_rank() == 0
+    writes = (
+        not torch.distributed.is_initialized()
+        or mpu.get_data_modulo_expert_parallel_rank(with_context_parallel=True) == 0
+    )
     with_parameter_state = args.use_distributed_optimizer and optimizer is not None and not args.no_save_optim
     parameter_state = _gather_parameter_state(optimizer) if with_parameter_state else None
     contents = {staged: assemble(False)} if writes else {}
@@ -207,7 +210,11 @@ def save_dataloader_state(train_iterator: Any, iteration: int, dataloader_save_p
     save_state = getattr(getattr(train_iterator, "iterable", None), "save_state", None)
     if not dataloader_save_path or save_state is None:
         return
-    if mpu.get_tensor_model_parallel_rank() == 0 and mpu.is_pipeline_first_stage(ignore_virtual=True):
+    shares = (
+        mpu.get_tensor_model_parallel_rank(),
+        mpu.get_context_parallel_rank(),
+    )  # its samples with these ranks
+    if shares == (0, 0) and mpu.is_pipeline_first_stage(ignore_virtual=True):
         basename = f"train_dataloader_dprank{mpu.get_data_parallel_rank():03d}.pt"
         path = get_checkpoint_name(dataloader_save_path, iteration, basename=basename)
         with durable.naming_path(path, "writing"):
