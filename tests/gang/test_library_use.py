@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron.core import ModelParallelConfig, dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.safe_load import load_file
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -27,6 +28,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
+from megatron.training.checkpointing import save_dataloader_state
 from megatron.training.global_vars import set_args
 from megatron.training.training import get_model
 from megatron.training.utils import unwrap_model
@@ -288,3 +290,28 @@ def _half_without_saying(bf16: bool) -> tuple[torch.dtype, bool]:
 def test_the_arguments_decide_the_precision_a_provider_leaves_open() -> None:
     assert run_gang(1, _half_without_saying, True) == [(torch.bfloat16, False)]
     assert run_gang(1, _half_without_saying, False) == [(torch.float32, False)]
+
+
+class Loader:
+    """A user's data loader that knows where it is."""
+
+    iterable: Any
+
+    def __init__(self, place: int) -> None:
+        self.iterable = Namespace(save_state=lambda: {"place": place})
+
+
+def save_loaders(folder: str) -> None:
+    """Body: every rank offers a state of its own to be saved."""
+    parallel_state.initialize_model_parallel(context_parallel_size=2)
+    save_dataloader_state(Loader(torch.distributed.get_rank()), 7, folder)
+
+
+def test_one_rank_of_those_that_read_the_same_samples_saves_its_loader(tmp_path: Path) -> None:
+    """Four ranks, two of each read the same samples (context parallel): the first of them writes."""
+    run_gang(4, save_loaders, str(tmp_path))
+    saved = {path.name: load_file(path) for path in tmp_path.rglob("*.pt")}
+    assert saved == {
+        f"train_dataloader_dprank{replica:03d}.pt": {"dataloader_state_dict": {"place": 2 * replica}}
+        for replica in range(2)
+    }

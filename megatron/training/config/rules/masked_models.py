@@ -48,6 +48,12 @@ def rotation_is_plain(args: Any) -> bool:
     return not args.use_rope_scaling
 
 
+@_for_both("--defer-embedding-wgrad-compute", bad="--defer-embedding-wgrad-compute --pipeline-model-parallel-size 2",
+           why="only causal models keep their output layer's gradient products for later", fix="drop it")
+def output_gradient_is_computed_at_once(args: Any) -> bool:
+    return not args.defer_embedding_wgrad_compute
+
+
 @rule(BERT, "--calculate-per-token-loss", bad="--calculate-per-token-loss",
       why="BERT's loss has a part per word and a part per sample, so no count divides both", fix="drop it")
 def loss_is_a_mean(args: Any) -> bool:
