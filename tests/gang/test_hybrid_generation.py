@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from megatron.core import parallel_state
+from megatron.core.inference.common_inference_params import CommonInferenceParams
+from megatron.core.inference.engines.mcore_engine import MCoreEngine
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.model_inference_wrappers.inference_wrapper_config import InferenceWrapperConfig
+from megatron.core.inference.text_generation_controllers.simple_text_generation_controller import (
+    SimpleTextGenerationController,
+)
 from megatron.core.models.mamba import MambaModel
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 from tests.gang.harness import run_gang
 from tests.gang.model_runs import piece_of
+from tests.gang.test_generation_engine import NEW, PROMPTS, Numbers
 from tests.unit.ssm.support import toy_stack_spec
 
 VOCAB, LENGTH, BATCH, HIDDEN = 64, 14, 3, 16
@@ -93,3 +99,35 @@ def unequal(tp: int, weights: dict[str, Tensor]) -> list[str]:
 def test_values_drawn_on_the_host_do_not_depend_on_the_layout(tp: int) -> None:
     weights, _ = run_gang(1, whole, torch.zeros(1, LENGTH, dtype=torch.long))[0]
     assert run_gang(tp, unequal, tp, weights) == [[]] * tp
+
+
+def completed(pp: int, weights: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Body: the engine's greedy completions of prompts of several lengths, two at a time."""
+    wrapped = GPTInferenceWrapper(
+        build(1, pp, weights), InferenceWrapperConfig(HIDDEN, torch.float32, 0, VOCAB)
+    )
+    engine = MCoreEngine(SimpleTextGenerationController(wrapped, Numbers()), max_batch_size=2)
+    params = CommonInferenceParams(top_k=1, num_tokens_to_generate=NEW)
+    return {request.prompt: request.generated_tokens.tolist() for request in engine.generate(PROMPTS, params)}
+
+
+def continued(weights: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Body for one process: the same by one pass over everything per token."""
+    model = build(1, 1, weights)
+    result = {}
+    for prompt in PROMPTS:
+        tokens = Numbers().tokenize(prompt)
+        given = len(tokens)
+        while len(tokens) < given + NEW and tokens[-1] != Numbers.eod:
+            with torch.no_grad():
+                logits = model(torch.tensor([tokens]), torch.arange(len(tokens))[None], None)
+            tokens.append(int(logits[0, -1].argmax()))
+        result[prompt] = tokens[given:]
+    return result
+
+
+def test_the_engine_completes_prompts_of_several_lengths() -> None:
+    tokens = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    weights, _ = run_gang(1, whole, tokens)[0]
+    expected = run_gang(1, continued, weights)[0]
+    assert run_gang(2, completed, 2, weights) == [expected, expected]

@@ -26,7 +26,8 @@ class OptimizerConfig:
         None, group="learning rate", help="Peak learning rate of the input embedding and the output layer alone.")
     decoupled_min_lr: float | None = flag(
         None, group="learning rate",
-        needs="--decoupled-lr", help="Lower bound of the learning rate set by --decoupled-lr.")
+        needs="--decoupled-lr", unless="--lr-decay-style constant",
+        help="Lower bound of the learning rate set by --decoupled-lr.")
     weight_decay: float = flag(
         0.01, group="regularization",
         unless="--weight-decay-incr-style linear or --weight-decay-incr-style cosine",
