@@ -354,6 +354,10 @@ class ShardedTensorFactory(ShardedBase):
         """The tree of sharded tensors that stands for `data`."""
         return self.build_fn(self.key, self.data, self.replica_id, self.flattened_range)
 
+    def merge(self, loaded: Any) -> Any:
+        """What stood in `data`, from the tree of tensors that were loaded into what `build` gave."""
+        return self.merge_fn(loaded)
+
     def validate_metadata_integrity(self) -> None:
         """Nothing to contradict: the pieces are checked when they are built."""
 
@@ -375,7 +379,7 @@ def apply_factory_merges(x1: Any, x2: Any, key: tuple[str, ...] = ()) -> Any:
     ValueError if `x2` has a place that `x1` lacks.
     """
     if isinstance(x2, ShardedTensorFactory):
-        return x2.merge_fn(x1)
+        return x2.merge(x1)
     if isinstance(x1, (dict, list)) and isinstance(x2, (dict, list)):
         places = chain(x2.items()) if isinstance(x2, dict) else enumerate(x2)
         for name, factory in places:

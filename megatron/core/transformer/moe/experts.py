@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedBase,
     ShardedStateDict,
     ShardedTensor,
-    ShardedTensorFactory,
 )
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.errors import InvariantError
@@ -22,6 +21,7 @@ from megatron.core.tensor_parallel.layers import new_weight
 from megatron.core.tensor_parallel.placement import Placed
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.grouped_state import GroupedCell, GroupedWeight
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import derived, sharded_state_dict_default
 from megatron.core.utils import divide
@@ -194,11 +194,26 @@ class GroupedMLP(MegatronModule):
         def merge_fc2(parts: Any) -> Tensor:
             return torch.stack(parts).transpose(1, 2).reshape(-1, width)
 
+        gated = tuple(
+            (*sharded_offsets, (depth + 2, tp_rank + i * tp_size, tp_size * halves)) for i in range(halves)
+        )
+        whole = ((*sharded_offsets, (depth + 1, tp_rank, tp_size)),)
         replica: ReplicaId = (0, 0, replicas)
-        names = {"weight1": ("linear_fc1", fc1, merge_fc1), "weight2": ("linear_fc2", fc2, merge_fc2)}
+        names = {
+            "weight1": ("linear_fc1", fc1, merge_fc1, GroupedCell(width, self.inner, halves), gated),
+            "weight2": ("linear_fc2", fc2, merge_fc2, GroupedCell(self.inner, width, 1), whole),
+        }
         return {
-            f"{prefix}{own}": ShardedTensorFactory(
-                f"{prefix}experts.{layer}.weight", getattr(self, own), build, merge, replica
+            f"{prefix}{own}": GroupedWeight(
+                f"{prefix}experts.{layer}.weight",
+                getattr(self, own),
+                build,
+                merge,
+                replica,
+                cell=cell,
+                expert_axis=depth,
+                experts=(first, total),
+                offsets=offsets,
             )
-            for own, (layer, build, merge) in names.items()
+            for own, (layer, build, merge, cell, offsets) in names.items()
         }
