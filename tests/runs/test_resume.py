@@ -8,11 +8,14 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from megatron.core.dist_checkpointing.safe_load import load_file
+from megatron.core.errors import CheckpointError
+from megatron.training.checkpointing import save
 from tests.gang.harness import run_gang
 from tests.runs import test_parity as parity
 from tests.runs.pretraining import read_records, run_script
@@ -96,6 +99,23 @@ def test_resumed_run_is_the_uninterrupted_run(
     argv = (COMMON + flags + PRECISIONS[precision] + f"--ckpt-format {ckpt_format}").split()
     run_gang(ranks, stop_and_resume, str(tmp_path), argv)
     assert_same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def save_from_every_rank(folder: str, argv: list[str]) -> str:
+    """Body: a run in which every replica takes itself for the one that writes; the error it ends with."""
+    with mock.patch.object(save.mpu, "get_data_modulo_expert_parallel_rank", lambda **_: 0):
+        try:
+            run_script([*argv, "--save", folder])
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def test_a_file_that_two_ranks_write_is_no_checkpoint(tmp_path: Path) -> None:
+    argv = (COMMON + "--ckpt-format torch").split()
+    for message in run_gang(2, save_from_every_rank, str(tmp_path), argv):
+        assert f"iter_{STOP:07d}/mp_rank_00/model_optim_rng.pt" in message and "two ranks wrote it" in message
+    assert not (tmp_path / "latest_checkpointed_iteration.txt").exists()
 
 
 @pytest.mark.parametrize("ckpt_format", ["torch", "torch_dist"])

@@ -16,7 +16,7 @@ from megatron.core import parallel_state as mpu
 from megatron.core.dist_checkpointing import durable
 from megatron.core.dist_checkpointing.agreement import barrier, gather, rank, together
 from megatron.core.dist_checkpointing.durable import Checksum
-from megatron.core.errors import FlagError
+from megatron.core.errors import CheckpointError, FlagError
 from megatron.training.checkpointing import asynchronous, distributed
 from megatron.training.checkpointing.layout import (
     CheckpointType,
@@ -174,7 +174,12 @@ def _write_rank_files(
     everyone = gather(checksums)
     with together():
         if rank() == 0:
-            manifest = {name: checksum for part in everyone for name, checksum in part.items()}
+            manifest: dict[str, Checksum] = {}
+            for part in everyone:
+                if twice := manifest.keys() & part.keys():
+                    why = "two ranks wrote it, so it may hold anything"
+                    raise CheckpointError(str(final / min(twice)), why, "give --ckpt-format torch_dist")
+                manifest |= part
             durable.write_manifest(durable.staging_path(final), manifest)
 
 
