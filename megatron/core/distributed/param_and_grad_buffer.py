@@ -260,6 +260,19 @@ class _ParamAndGradBucketGroup:
         self._param_handles = []
 
 
+def layout_of(
+    params: Sequence[torch.nn.Parameter], bucket_size: int | None, data_parallel_size: int, sharded: bool
+) -> BufferLayout:
+    """The layout of a buffer for these parameters; arguments as in `plan_buffer`."""
+    return plan_buffer(
+        [param.numel() for param in params],
+        bucket_size=bucket_size,
+        data_parallel_size=data_parallel_size,
+        sharded=sharded,
+        own_bucket={i for i, param in enumerate(params) if getattr(param, "shared_embedding", False)},
+    )
+
+
 class _ParamAndGradBuffer:
     """Gradients of one dtype in one flat tensor, cut into buckets; with the distributed optimizer also parameters.
 
@@ -287,12 +300,8 @@ class _ParamAndGradBuffer:
         self.data_parallel_group = data_parallel_group
         self.data_parallel_world_size = 1 if data_parallel_group is None else data_parallel_group.size()
         self.gradient_scaling_factor = gradient_scaling_factor
-        self.layout: BufferLayout = plan_buffer(
-            [param.numel() for param in params],
-            bucket_size=bucket_size,
-            data_parallel_size=self.data_parallel_world_size,
-            sharded=ddp_config.use_distributed_optimizer,
-            own_bucket={i for i, param in enumerate(params) if getattr(param, "shared_embedding", False)},
+        self.layout = layout_of(
+            params, bucket_size, self.data_parallel_world_size, ddp_config.use_distributed_optimizer
         )
         self.numel = self.layout.numel
         self.numel_unpadded = self.layout.numel_unpadded

@@ -24,8 +24,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
 from megatron.core.dist_checkpointing.safe_load import load_file
-from megatron.core.distributed.buckets import BucketPlan, plan_buffer
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.distributed.buckets import BucketPlan
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer, layout_of
 from megatron.core.errors import CheckpointError
 from megatron.core.optimizer.optimizer import InitState, match_param_groups, portable_groups
 
@@ -256,13 +256,7 @@ class ParameterStateFormats:
             params = [
                 param for param in chunk.param_to_name if any(param in b.param_index_map for b in buffers)
             ]
-            joint = plan_buffer(
-                [param.numel() for param in params],
-                bucket_size=chunk.bucket_size,
-                data_parallel_size=self.data_parallel_world_size,
-                sharded=True,
-                own_bucket={i for i, param in enumerate(params) if getattr(param, "shared_embedding", False)},
-            )
+            joint = layout_of(params, chunk.bucket_size, self.data_parallel_world_size, sharded=True)
             start_of = dict(zip(params, joint.stored_starts()))
             (entry,) = state_dict[number].values()
             if entry["numel_unpadded"] != joint.numel_unpadded:

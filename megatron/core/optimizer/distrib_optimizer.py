@@ -127,6 +127,11 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
             group["params"] = [piece.main for piece in (*in_place, *copied)]
             self._copied += copied
         self._halves = [piece for piece in self._copied if fp8_weights.of(piece.param) is None]
+        self._fp8_updates = [
+            fp8_weights.Update(weight, piece.flat_slice, piece.main)
+            for piece in self._copied
+            if (weight := fp8_weights.of(piece.param)) is not None
+        ]
 
     def _own_bucket_groups(self) -> list[_ParamAndGradBucketGroup]:
         """The bucket groups over this optimizer's buffers: an expert optimizer must not gather dense parameters."""
@@ -170,12 +175,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
             torch._foreach_copy_(
                 [piece.of_model() for piece in self._halves], [piece.main for piece in self._halves]
             )
-        updates = [
-            fp8_weights.Update(weight, piece.flat_slice, piece.main)
-            for piece in self._copied
-            if (weight := fp8_weights.of(piece.param)) is not None
-        ]
-        fp8_weights.update(self._fp8_weights, updates, self.data_parallel_group)
+        fp8_weights.update(self._fp8_weights, self._fp8_updates, self.data_parallel_group)
 
     @torch.no_grad()
     def _copy_model_params_to_main_params(self) -> None:

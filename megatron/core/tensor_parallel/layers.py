@@ -324,18 +324,22 @@ class _ParallelLinear(torch.nn.Module):
         """Delayed fp8 scales, or nothing. The entry always exists, so that checkpoints interchange."""
         return None if self._fp8 is None else self._fp8.state()
 
+    @property
+    def _kept_weight(self) -> fp8.Fp8Weight | None:
+        """What the weight's fp8 numbers stand for, if it is kept in fp8."""
+        return None if self._fp8 is None else self._fp8.kept_weight
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Checkpoints hold what the numbers of a weight that is kept in fp8 stand for."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        kept = None if self._fp8 is None else self._fp8.kept_weight
-        if kept is not None:
+        if (kept := self._kept_weight) is not None:
             destination[f"{prefix}weight"] = kept.as_record() if keep_vars else kept.values()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """A weight that is kept in fp8 is rounded by the scales of the extra state, so after that was loaded."""
-        kept, values = None if self._fp8 is None else self._fp8.kept_weight, state_dict.get(f"{prefix}weight")
-        if self._fp8 is not None and kept is not None:
-            self._fp8.note_weight(None)
+        kept, values = self._kept_weight, state_dict.get(f"{prefix}weight")
+        if kept is not None:
+            kept.operands.note_weight(None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if kept is not None and values is not None and values.shape == kept.param.shape:
             kept.restore(values)
