@@ -79,11 +79,16 @@ class Fp8Operands:
         """From now on the parameter holds fp8 numbers, which are not quantised again."""
         self.kept_weight = weight.fp8_weight = Fp8Weight(weight, self)  # type: ignore[attr-defined]
 
-    def note_weight(self, amax: Tensor | None) -> None:
-        """Enter the amax (fp32 scalar) of a kept weight for the step to come, if it is not known; None: forget it."""
+    def note_weight(self, amax: Tensor) -> None:
+        """Enter the amax (fp32 scalar) of a kept weight for the step to come, if it is not known."""
         if self.recipe.delayed:
             newest = self.history[WEIGHT, 0]
-            newest.copy_(newest.new_zeros(()) if amax is None else torch.where(newest > 0, newest, amax))
+            newest.copy_(torch.where(newest > 0, newest, amax))
+
+    def forget_weight(self) -> None:
+        """Take back the amax of a kept weight for the step to come: the weight was replaced."""
+        if self.recipe.delayed:
+            self.history[WEIGHT, 0].zero_()
 
     def weight(self, weight: Tensor, *, fresh: bool, training: bool) -> Quantized:
         """The weight [o, i], quantised once per step: `fresh` says that it has changed since."""

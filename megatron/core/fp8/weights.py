@@ -55,7 +55,7 @@ class Fp8Weight:
 
     def assign(self, values: Tensor) -> None:
         """Take whole new values [o, i], equal on all replicas."""
-        self.operands.note_weight(None)
+        self.operands.forget_weight()
         self.restore(values)
 
     @torch.no_grad()

@@ -113,21 +113,18 @@ def _buffers(chunk: DistributedDataParallel, kind: str) -> list[_ParamAndGradBuf
 
 
 def _torch_optimizer(config: OptimizerConfig, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The update rule alone."""
-    if config.lr is None:
-        raise ConfigError("--lr", "no learning rate is given", "add --lr")
+    """The update rule alone. Without `config.lr` its groups have no rate until a scheduler writes one."""
+    groups = [{**group, "lr": config.lr} for group in param_groups]
     if config.optimizer == "adam":
         return Adam(
-            param_groups,
-            lr=config.lr,
+            groups,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
     if config.optimizer == "sgd":
         return Sgd(
-            param_groups,
-            lr=config.lr,
+            groups,
             weight_decay=config.weight_decay,
             momentum=config.sgd_momentum,
             foreach=True,

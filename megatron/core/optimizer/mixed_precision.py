@@ -108,8 +108,7 @@ class MixedPrecisionOptimizer(MegatronOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Update the main copies, then the model."""
-        with timed(self.config, "optimizer-inner-step"):
-            self.optimizer.step()
+        self._inner_step()
         # Copies of half-precision gradients must not stay alive through the next forward and backward.
         drop_grads(self.get_parameters())
         with timed(self.config, "optimizer-copy-main-to-model-params"):

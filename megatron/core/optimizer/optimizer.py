@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.optimizer import (
     get_param_id_to_sharded_param_map,
     optim_state_to_sharding_state,
 )
-from megatron.core.errors import CheckpointError
+from megatron.core.errors import CheckpointError, ConfigError
 from megatron.core.optimizer.adam import Adam
 from megatron.core.optimizer.clip_grads import (
     clip_grad_by_total_norm_fp32,
@@ -188,6 +188,17 @@ class MegatronOptimizer(ABC):
                 num_zeros = self.count_zeros()
         return self.step_with_ready_grads(), grad_norm, num_zeros
 
+    def _inner_step(self) -> None:
+        """Apply the update rule; ConfigError while a group has no learning rate."""
+        if any(group["lr"] is None for group in self.param_groups):
+            raise ConfigError(
+                "lr",
+                "no learning rate was set",
+                "give OptimizerConfig one, or make an OptimizerParamScheduler first",
+            )
+        with timed(self.config, "optimizer-inner-step"):
+            self.optimizer.step()
+
     def get_loss_scale(self) -> Tensor:
         """The current loss scale, [1] fp32."""
         return torch.ones(1, dtype=torch.float32, device=device.current())
@@ -311,8 +322,7 @@ class FP32Optimizer(MegatronOptimizer):
 
     def step_with_ready_grads(self) -> bool:
         """Update, and let go of the buffers: autograd would otherwise add into them behind the hooks' back."""
-        with timed(self.config, "optimizer-inner-step"):
-            self.optimizer.step()
+        self._inner_step()
         drop_grads([param for param in self.get_parameters() if hasattr(param, "main_grad")])
         return True
 

@@ -339,7 +339,7 @@ class _ParallelLinear(torch.nn.Module):
         """A weight that is kept in fp8 is rounded by the scales of the extra state, so after that was loaded."""
         kept, values = self._kept_weight, state_dict.get(f"{prefix}weight")
         if kept is not None:
-            kept.operands.note_weight(None)
+            kept.operands.forget_weight()
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if kept is not None and values is not None and values.shape == kept.param.shape:
             kept.restore(values)

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron.core.errors import ConfigError
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 CASES = json.loads((Path(__file__).parents[2] / "golden/training/optimizer_steps.json").read_text())["cases"]
 DTYPES = {f"torch.{name}": getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
@@ -136,3 +138,34 @@ def test_groups_from_torch_adamw_carry_their_step_over():
     ours.step()
     for a, b in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+def test_a_learning_rate_may_come_with_the_scheduler(kind, bf16):
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Linear(4, 3, dtype=torch.bfloat16 if bf16 else torch.float32)
+
+    def settings(**lr):
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        return OptimizerConfig(optimizer=kind, bf16=bf16, params_dtype=dtype, weight_decay=0.0, **lr)
+
+    def step(module, optimizer):
+        for param in module.parameters():
+            param.main_grad = torch.ones(param.shape)
+        optimizer.step()
+
+    module, expected = model(), model()
+    optimizer = get_megatron_optimizer(settings(), [module])
+    with pytest.raises(ConfigError, match="no learning rate was set"):
+        step(module, optimizer)
+    constant = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=0.1, min_lr=0.0, lr_warmup_steps=0, lr_decay_steps=10,
+        lr_decay_style="constant", start_wd=0.0, end_wd=0.0, wd_incr_steps=10, wd_incr_style="constant",
+    )  # fmt: skip
+    constant.step(1)
+    step(module, optimizer)
+    step(expected, get_megatron_optimizer(settings(lr=0.1), [expected]))
+    for ours, theirs in zip(module.parameters(), expected.parameters()):
+        assert torch.equal(ours, theirs) and ours.abs().max() > 0
