@@ -66,9 +66,10 @@ def chunked_scan(
     state = x.new_zeros(batch, heads, width, state_size) if initial_state is None else initial_state
     state = state.to(wide).view(batch, groups, per_group, width, state_size)
     entering = []
-    for chunk in range(chunks):
+    # Unbound at once: the gradient of every single index would be a tensor of all chunks.
+    for faded, fresh in zip(kept.unbind(1), added.unbind(1)):
         entering.append(state)
-        state = kept[:, chunk] * state + added[:, chunk]
+        state = faded * state + fresh
     before = torch.einsum("bclgn,bcgkpn->bclgkp", C, torch.stack(entering, dim=1))
     y = y + before * decay.exp().unsqueeze(-1)
     y = y.reshape(batch, chunks * size, heads, width)[:, :length]
