@@ -15,11 +15,7 @@ from megatron.core.enums import ModelType
 from megatron.core.errors import InvariantError
 from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
-from megatron.core.models.common.embeddings.language_model_embedding import (
-    LanguageModelEmbedding,
-    PositionEmbeddingType,
-)
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.language_model_embedding import PositionEmbeddingType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -98,8 +94,6 @@ class T5Model(LanguageModule):
         self.encoder_config = encoder_config
         self.transformer_encoder_layer_spec = transformer_encoder_layer_spec
         self.transformer_decoder_layer_spec = transformer_decoder_layer_spec
-        self.vocab_size = vocab_size
-        self.max_sequence_length = max_sequence_length
         self.pre_process = pre_process
         self.post_process = post_process
         self.add_encoder = add_encoder
@@ -107,31 +101,20 @@ class T5Model(LanguageModule):
         self.fp16_lm_cross_entropy = fp16_lm_cross_entropy
         self.parallel_output = parallel_output
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
-        self.position_embedding_type = position_embedding_type
         self.model_type = ModelType.encoder_and_decoder
         self.xattn_needed = True  # the schedule also passes the encoder's output along the decoder's stages
         self.encoder_hidden_state: Tensor | None = None
 
-        if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=vocab_size,
-                max_sequence_length=max_sequence_length,
-                position_embedding_type=position_embedding_type,
-                pg_collection=pg_collection,
-            )
-            if position_embedding_type == "learned_absolute":
-                # v0.9's second name for the table.
-                self.position_embeddings = self.embedding.position_embeddings
-        if position_embedding_type == "rope":
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=derived(config.kv_channels),
-                rotary_percent=rotary_percent,
-                rotary_interleaved=config.rotary_interleaved,
-                seq_len_interpolation_factor=seq_len_interpolation_factor,
-                use_cpu_initialization=config.use_cpu_initialization,
-                pg_collection=pg_collection,
-            )
+        self._add_embeddings(
+            vocab_size,
+            max_sequence_length,
+            position_embedding_type,
+            rotary_percent=rotary_percent,
+            seq_len_interpolation_factor=seq_len_interpolation_factor,
+        )
+        if pre_process and position_embedding_type == "learned_absolute":
+            # v0.9's second name for the table.
+            self.position_embeddings = self.embedding.position_embeddings
         place = {
             "pre_process": pre_process,
             "post_process": post_process,
@@ -211,7 +194,7 @@ class T5Model(LanguageModule):
                 encoder_hidden_states = self.encoder(
                     hidden_states=embedded,
                     attention_mask=encoder_mask,
-                    rotary_pos_emb=self._rotary(None, self.encoder, embedded),
+                    rotary_pos_emb=self._angles(None, self.encoder, embedded),
                 )
             else:
                 encoder_hidden_states = self.encoder_hidden_state
@@ -224,7 +207,7 @@ class T5Model(LanguageModule):
             attention_mask=decoder_mask,
             context=encoder_hidden_states,
             context_mask=cross_mask,
-            rotary_pos_emb=self._rotary(inference_params, self.decoder, embedded),
+            rotary_pos_emb=self._angles(inference_params, self.decoder, embedded),
             inference_params=inference_params,
         )
         if not self.post_process:
@@ -244,14 +227,6 @@ class T5Model(LanguageModule):
         if inference_params is not None:
             positions = positions + inference_params.sequence_len_offset
         return self.embedding(input_ids=ids, position_ids=positions)
-
-    def _rotary(
-        self, inference_params: InferenceParams | None, block: TransformerBlock, embedded: Tensor | None
-    ) -> Tensor | None:
-        if self.position_embedding_type != "rope":
-            return None
-        length = self.rotary_pos_emb.get_rotary_seq_len(inference_params, block, embedded, self.config)
-        return self.rotary_pos_emb(length)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -15,11 +15,7 @@ from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
 from megatron.core.models.bert.bert_lm_head import BertLMHead
 from megatron.core.models.bert.pooler import Pooler
-from megatron.core.models.common.embeddings.language_model_embedding import (
-    LanguageModelEmbedding,
-    PositionEmbeddingType,
-)
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.language_model_embedding import PositionEmbeddingType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
@@ -52,31 +48,17 @@ class BertEncoder(LanguageModule):
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
         self.transformer_layer_spec = transformer_layer_spec
-        self.vocab_size = vocab_size
-        self.max_sequence_length = max_sequence_length
         self.pre_process = pre_process
         self.post_process = post_process
-        self.position_embedding_type = position_embedding_type
         self.model_type = ModelType.encoder_or_decoder
-
-        if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=vocab_size,
-                max_sequence_length=max_sequence_length,
-                position_embedding_type=position_embedding_type,
-                num_tokentypes=num_tokentypes,
-                pg_collection=pg_collection,
-            )
-        if position_embedding_type == "rope":
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=derived(config.kv_channels),
-                rotary_percent=rotary_percent,
-                rotary_interleaved=config.rotary_interleaved,
-                seq_len_interpolation_factor=seq_len_interpolation_factor,
-                use_cpu_initialization=config.use_cpu_initialization,
-                pg_collection=pg_collection,
-            )
+        self._add_embeddings(
+            vocab_size,
+            max_sequence_length,
+            position_embedding_type,
+            rotary_percent=rotary_percent,
+            seq_len_interpolation_factor=seq_len_interpolation_factor,
+            num_tokentypes=num_tokentypes,
+        )
         self.encoder = TransformerBlock(
             config=config,
             spec=transformer_layer_spec,
@@ -116,17 +98,11 @@ class BertEncoder(LanguageModule):
         if self.pre_process and input_ids is not None:
             positions = self.bert_position_ids(input_ids)
             hidden = self.embedding(input_ids=input_ids, position_ids=positions, tokentype_ids=tokentype_ids)
-        rotary_pos_emb = None
-        if self.position_embedding_type == "rope":
-            length = self.rotary_pos_emb.get_rotary_seq_len(
-                inference_params, self.encoder, hidden, self.config
-            )
-            rotary_pos_emb = self.rotary_pos_emb(length)
         return self.encoder(
             hidden_states=hidden,
             attention_mask=self._mask_if_padded(attention_mask),
             inference_params=inference_params,
-            rotary_pos_emb=rotary_pos_emb,
+            rotary_pos_emb=self._angles(inference_params, self.encoder, hidden),
         )
 
     def _mask_if_padded(self, attention_mask: Tensor) -> Tensor | None:

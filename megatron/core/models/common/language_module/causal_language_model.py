@@ -13,11 +13,8 @@ from megatron.core.enums import ModelType
 from megatron.core.errors import InvariantError
 from megatron.core.fp8 import in_high_precision
 from megatron.core.inference_params import InferenceParams
-from megatron.core.models.common.embeddings.language_model_embedding import (
-    LanguageModelEmbedding,
-    PositionEmbeddingType,
-)
-from megatron.core.models.common.embeddings.rotary_pos_embedding import FrequencyScaling, RotaryEmbedding
+from megatron.core.models.common.embeddings.language_model_embedding import PositionEmbeddingType
+from megatron.core.models.common.embeddings.rotary_pos_embedding import FrequencyScaling
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import derived, get_default_causal_mask
@@ -51,35 +48,21 @@ class CausalLanguageModel(LanguageModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config, pg_collection=pg_collection)
-        self.vocab_size = vocab_size
-        self.max_sequence_length = max_sequence_length
         self.pre_process = pre_process
         self.post_process = post_process
         self.fp16_lm_cross_entropy = fp16_lm_cross_entropy
         self.parallel_output = parallel_output
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
-        self.position_embedding_type = position_embedding_type
         self.model_type = ModelType.encoder_or_decoder
-
-        if pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=config,
-                vocab_size=vocab_size,
-                max_sequence_length=max_sequence_length,
-                position_embedding_type=position_embedding_type,
-                pg_collection=pg_collection,
-            )
-        if position_embedding_type == "rope":
-            self.rotary_pos_emb = RotaryEmbedding(
-                kv_channels=derived(config.kv_channels),
-                rotary_percent=rotary_percent,
-                rotary_interleaved=config.rotary_interleaved,
-                seq_len_interpolation_factor=seq_len_interpolation_factor,
-                rotary_base=rotary_base,
-                use_cpu_initialization=config.use_cpu_initialization,
-                rope_scaling=rope_scaling,
-                pg_collection=pg_collection,
-            )
+        self._add_embeddings(
+            vocab_size,
+            max_sequence_length,
+            position_embedding_type,
+            rotary_percent=rotary_percent,
+            seq_len_interpolation_factor=seq_len_interpolation_factor,
+            rotary_base=rotary_base,
+            rope_scaling=rope_scaling,
+        )
 
     def _add_output_layer(self) -> None:
         """Build the output layer where this stage has one, and tie or mark the weights of the vocabulary."""
@@ -127,17 +110,11 @@ class CausalLanguageModel(LanguageModule):
         """A stage's forward pass, as the subclasses' `forward` describes it; the decoder alone sees `of_the_decoder`."""
         if decoder_input is None and self.pre_process:
             decoder_input = self.embedding(input_ids=input_ids, position_ids=position_ids)
-        rotary_pos_emb = None
-        if self.position_embedding_type == "rope":
-            length = self.rotary_pos_emb.get_rotary_seq_len(
-                inference_params, self.decoder, decoder_input, self.config
-            )
-            rotary_pos_emb = self.rotary_pos_emb(length)
         hidden = self.decoder(
             hidden_states=decoder_input,
             attention_mask=_unless_plainly_causal(attention_mask),
             inference_params=inference_params,
-            rotary_pos_emb=rotary_pos_emb,
+            rotary_pos_emb=self._angles(inference_params, self.decoder, decoder_input),
             **of_the_decoder,
         )
         if not self.post_process:

@@ -1,4 +1,4 @@
-"""What language models share: the loss, the tied output weight and its copies on other stages."""
+"""What language models share: embeddings, the loss, the tied output weight and its copies on other stages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from torch import Tensor
 from megatron.core import device, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.errors import InvariantError
+from megatron.core.inference_params import InferenceParams
 from megatron.core.kernels import registry
+from megatron.core.models.common.embeddings.language_model_embedding import (
+    LanguageModelEmbedding,
+    PositionEmbeddingType,
+)
+from megatron.core.models.common.embeddings.rotary_pos_embedding import FrequencyScaling, RotaryEmbedding
 from megatron.core.tensor_parallel.placement import make_tp_sharded_tensor_for_checkpoint
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -38,6 +44,52 @@ class LanguageModule(MegatronModule):
         if config.cross_entropy_loss_fusion:
             spec = registry.Spec(device=device.kind(), dtype=config.params_dtype)
             self.fused_cross_entropy = registry.select("vocab_cross_entropy", spec)
+
+    def _add_embeddings(
+        self,
+        vocab_size: int,
+        max_sequence_length: int,
+        position_embedding_type: PositionEmbeddingType,
+        *,
+        rotary_percent: float,
+        seq_len_interpolation_factor: float | None,
+        rotary_base: int = 10000,
+        rope_scaling: FrequencyScaling | None = None,
+        num_tokentypes: int = 0,
+    ) -> None:
+        """Build `embedding` where this stage has one, and `rotary_pos_emb` on every stage of a model that rotates."""
+        self.vocab_size = vocab_size
+        self.max_sequence_length = max_sequence_length
+        self.position_embedding_type = position_embedding_type
+        if self.pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=self.config,
+                vocab_size=vocab_size,
+                max_sequence_length=max_sequence_length,
+                position_embedding_type=position_embedding_type,
+                num_tokentypes=num_tokentypes,
+                pg_collection=self.pg_collection,
+            )
+        if position_embedding_type == "rope":
+            self.rotary_pos_emb = RotaryEmbedding(
+                kv_channels=derived(self.config.kv_channels),
+                rotary_percent=rotary_percent,
+                rotary_interleaved=self.config.rotary_interleaved,
+                seq_len_interpolation_factor=seq_len_interpolation_factor,
+                rotary_base=rotary_base,
+                use_cpu_initialization=self.config.use_cpu_initialization,
+                rope_scaling=rope_scaling,
+                pg_collection=self.pg_collection,
+            )
+
+    def _angles(
+        self, inference_params: InferenceParams | None, layers: MegatronModule, hidden: Tensor | None
+    ) -> Tensor | None:
+        """The rotary table for `layers` and what enters them [s/sp/cp, b, h]; None for a model that does not rotate."""
+        if self.position_embedding_type != "rope":
+            return None
+        length = self.rotary_pos_emb.get_rotary_seq_len(inference_params, layers, hidden, self.config)
+        return self.rotary_pos_emb(length)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy per token: labels [b, s], logits [s, b, v/tp] -> fp32 [b, s]."""
