@@ -237,6 +237,7 @@ def calibrate(ranks: int = 1) -> DeviceProfile:
     return replace(
         PROFILES["cpu"],
         peak=peak,
+        peak_fp32=peak,
         gemm_share=1.0,
         half_rows=half_rows,
         half_depth=half_depth,

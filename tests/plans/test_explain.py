@@ -13,7 +13,15 @@ import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.errors import FlagError
 from megatron.core.pipeline_parallel.plan import make_plan, peak_in_flight
-from megatron.training.explain import Explanation, describe, explain, inventory, parameters, reconsider
+from megatron.training.explain import (
+    Explanation,
+    describe,
+    explain,
+    inventory,
+    layers,
+    parameters,
+    reconsider,
+)
 from megatron.training.explain.command import understand
 from megatron.training.flops import num_floating_point_operations
 
@@ -56,6 +64,8 @@ def text_of(words: str) -> str:
     [
         ("--num-layers 2", "pretrain_gpt", 1),
         ("pretrain_bert.py --num-layers 2", "pretrain_bert", 1),
+        ("torchrun --nproc-per-node 8 /elsewhere/pretrain_mamba.py --num-layers 2", "pretrain_mamba", 8),
+        ("pretrain-mamba --num-layers 2", "pretrain_mamba", 1),
         ("python3 ../pretrain_t5.py --num-layers 2 --world-size=16", "pretrain_t5", 16),
         ("torchrun --nproc-per-node 8 --nnodes 4 pretrain_gpt.py --num-layers 2", "pretrain_gpt", 32),
         ("torchrun --nproc_per_node=8 --nnodes=1:4 ./pretrain_gpt.py --num-layers 2", "pretrain_gpt", 32),
@@ -173,7 +183,7 @@ def test_activations_of_a_layer_are_the_published_ones() -> None:
     """34 s b h + 5 a s^2 b bytes in half precision with dropout and stored scores (arXiv:2205.05198, equation 1)."""
     words = TINY.replace("--attention-dropout 0 --hidden-dropout 0", "--fp16 --device a100")
     found = reconsider(of(words), attention="scores", softmax_in_fp32=False)
-    works = inventory.layer(found.workload, decoder=True)
+    works = layers.transformer_layer(found.workload, decoder=True)
     s, b, h, a = 128, 2, 64, 4
     statistics = 2 * 8 * s * b  # mean and deviation of two norms, which the equation leaves out
     assert sum(work.kept for work in works) == 34 * s * b * h + 5 * a * s * s * b + statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 from megatron.training import training
 from tests.runs.pretraining import run_script
@@ -25,19 +27,47 @@ class SavedBytes:
         self.now = self.peak = 0
         self._users: dict[int, int] = {}
 
-    def pack(self, tensor: Tensor) -> Any:
-        """Count a saved tensor until the graph lets it go."""
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count what is saved inside the block, and what checkpointed functions save when they run again."""
+        count = self._count
+
+        class Counted(checkpoint._recomputation_hook):
+            """Torch holds what a checkpointed function saves again until the graph has asked for it."""
+
+            def __init__(self, *args: Any) -> None:
+                super().__init__(*args)
+                keep = self.pack_hook
+
+                def pack(tensor: Tensor) -> Tensor:
+                    held = tensor.detach()
+                    count(held, held)
+                    return keep(held)
+
+                self.pack_hook = pack
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack),
+            mock.patch.object(checkpoint, "_recomputation_hook", Counted),
+        ):
+            yield
+
+    def _pack(self, tensor: Tensor) -> Any:
+        held = _Held(tensor)
+        return held if self._count(tensor, held) else tensor
+
+    def _count(self, tensor: Tensor, holder: object) -> bool:
+        """Count a tensor until its holder is gone; False for what is not counted."""
         storage = tensor.untyped_storage()
         place, size = storage.data_ptr(), storage.nbytes()
         if place in self._ignored or not size:
-            return tensor
+            return False
         self._users[place] = self._users.get(place, 0) + 1
         if self._users[place] == 1:
             self.now += size
             self.peak = max(self.peak, self.now)
-        held = _Held(tensor)
-        weakref.finalize(held, self._release, place, size)
-        return held
+        weakref.finalize(holder, self._release, place, size)
+        return True
 
     def _release(self, place: int, size: int) -> None:
         self._users[place] -= 1
@@ -55,7 +85,7 @@ def _unpack(held: Any) -> Tensor:
     return held.tensor if isinstance(held, _Held) else held
 
 
-def measured(argv: list[str]) -> dict[str, int]:
+def measured(argv: list[str], script: str = "pretrain_gpt") -> dict[str, int]:
     """Body: run two steps; bytes of this rank's weights, gradients and optimizer state, and of activations at their peak."""
     found: dict[str, int] = {}
     original = training.train_step
@@ -73,7 +103,7 @@ def measured(argv: list[str]) -> dict[str, int]:
             state.update(_storages(_tensors_of(inner)))
 
         watches = [each.optimizer.register_step_post_hook(look) for each in _parts(optimizer)]
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, _unpack):
+        with saved.counting():
             result = original(forward, iterator, model, optimizer, *args, **kwargs)
         for watch in watches:
             watch.remove()
@@ -89,7 +119,7 @@ def measured(argv: list[str]) -> dict[str, int]:
         return result
 
     with mock.patch.object(training, "train_step", watched):
-        run_script(argv)
+        run_script(argv, script)
     return found
 
 

@@ -1,4 +1,4 @@
-"""A step's memory per rank, counted from live tensors, is what the explanation of its command line says (within 10%)."""
+"""A step's memory per rank, counted from live tensors, is what the explanation of its command line says."""
 
 from __future__ import annotations
 
@@ -54,13 +54,49 @@ CASES = {
     ),
 }
 
+TOY = "--spec tests.unit.ssm.support toy_stack_spec "
+PUBLISHED = (
+    "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec --position-embedding-type none "
+)
+HYBRID = f"--num-layers 4 --hybrid-override-pattern M*-M {TOY}"
+FULL = "--recompute-granularity full --recompute-method "
+HYBRIDS = {
+    "one rank": (1, HYBRID),
+    "bf16": (1, HYBRID + "--bf16 --fp32-residual-connection"),
+    "mamba alone": (1, "--num-layers 2 " + TOY),
+    "published sizes": (1, PUBLISHED + "--num-layers 2 --hybrid-mlp-ratio 0.5 --hidden-size 256 --seq-length 256 "
+                        "--max-position-embeddings 256 --bf16 --untie-embeddings-and-output-weights"),
+    "selective": (1, HYBRID + "--recompute-granularity selective"),
+    "full uniform": (1, HYBRID + FULL + "uniform --recompute-num-layers 3"),
+    "full block": (1, HYBRID + FULL + "block --recompute-num-layers 2 --bf16"),
+    "tp2+sp": (2, HYBRID + "--tensor-model-parallel-size 2 --sequence-parallel --bf16"),
+    "pp2": (2, HYBRID + "--pipeline-model-parallel-size 2"),
+    "tp2 x pp2 + distopt": (
+        4, HYBRID + "--swiglu --group-query-attention --num-query-groups 2 --position-embedding-type rope "
+        "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel "
+        "--use-distributed-optimizer --bf16",
+    ),
+}  # fmt: skip
+QUICK = ("published sizes", "full uniform", "tp2 x pp2 + distopt")
+slow = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_memory_is_as_predicted(name: str) -> None:
-    ranks, flags = CASES[name]
+    check("pretrain_gpt", *CASES[name], activations=0.1)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [slow]) for n in HYBRIDS])
+def test_memory_of_hybrids_is_as_predicted(name: str) -> None:
+    """Activations within 5 % (measured: 3.2 %, the filling of a sequence's last chunk at these toy lengths)."""
+    check("pretrain_mamba", *HYBRIDS[name], activations=0.05)
+
+
+def check(script: str, ranks: int, flags: str, activations: float) -> None:
+    """Weights and gradients exactly, optimizer state within 1 %, activations as given."""
     argv = (COMMON + flags).split()
-    plan = explain([*argv, "--world-size", str(ranks), "--device", "cpu"])
-    counted = run_gang(ranks, measured, argv)
+    plan = explain([f"{script}.py", *argv, "--world-size", str(ranks), "--device", "cpu"])
+    counted = run_gang(ranks, measured, argv, script)
     per_stage = ranks // len(plan.memory)
     for rank, found in enumerate(counted):
         said = plan.memory[rank // per_stage]
@@ -68,7 +104,8 @@ def test_memory_is_as_predicted(name: str) -> None:
         if "--fp8-format" in argv:  # operands made of weights are saved by autograd and live as long as these
             for parts in (found, wanted):
                 parts["activations"] += parts.pop("weights")
+        bounds = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.01, "activations": activations}
         for part, size in found.items():
-            assert wanted[part] == pytest.approx(size, rel=0.1), (
+            assert wanted[part] == pytest.approx(size, rel=bounds[part]), (
                 f"rank {rank} {part}: {found} and not {wanted}"
             )

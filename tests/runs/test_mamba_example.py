@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.core.errors import FlagError
 from megatron.training.config import rules
-from megatron.training.explain.command import understand
+from megatron.training.explain import describe, explain
 from tests.runs.test_examples import launched, validated
 
 PUBLISHED = (
@@ -42,6 +41,13 @@ def test_documented_command_line_is_valid_for_its_machines(
         assert str(getattr(args, name)) == value, name
 
 
-def test_planning_says_that_it_does_not_know_hybrids() -> None:
-    with pytest.raises(FlagError, match=r"pretrain_mamba\.py: hybrid models are not planned"):
-        understand(["torchrun", "--nproc-per-node", "8", "/somewhere/pretrain_mamba.py", "--num-layers", "4"])
+@pytest.mark.parametrize(("scale", "size"), [("800M", "907,127,680"), ("8B", "8,654,517,248")])
+def test_documented_command_line_is_explained(scale: str, size: str, tmp_path: Path) -> None:
+    """With the published vocabulary, whose two tables are large beside the smaller model; it fits its machine."""
+    command = ["bash", "examples/mamba/train.sh", "D", "TOK"]
+    options, entry, argv = launched(command, tmp_path, MODEL_SCALE=scale)
+    launcher = [word for option in options.items() for word in option]
+    words = ["torchrun", *launcher, entry, *argv, "--vocab-size", "256000", "--device", "h100"]
+    text = "\n".join(describe.lines(explain(words)))
+    assert f"> model: {size} parameters" in text and "> predicted step on h100: " in text
+    assert "will not start" not in text and "does not fit" not in text

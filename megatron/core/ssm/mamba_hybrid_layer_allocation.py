@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 from megatron.core.errors import InvariantError
 from megatron.core.utils import log_single_rank
@@ -124,13 +125,14 @@ def _overridden(pattern: str, count: int, automatic: list[str] | None) -> list[s
     if automatic is not None and Counter(layers) != Counter(automatic):
         raise InvariantError(
             f"{flag}, --hybrid-attention-ratio, --hybrid-mlp-ratio",
-            f"{pattern!r} has {_counts(layers)}, and the ratios ask for {_counts(automatic)}",
+            f"{pattern!r} has {layer_counts(layers)}, and the ratios ask for {layer_counts(automatic)}",
             "drop the ratios, or give a pattern with as many of each kind",
         )
     return layers
 
 
-def _counts(layers: list[str]) -> str:
+def layer_counts(layers: Sequence[str]) -> str:
+    """How many layers there are of each kind, in words."""
     return ", ".join(f"{layers.count(letter)} {name}" for letter, name in _NAMES.items())
 
 

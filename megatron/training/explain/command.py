@@ -11,15 +11,20 @@ from megatron.core import device
 from megatron.core.errors import FlagError
 
 #: Entry scripts by the name of their model.
-SCRIPTS = {"gpt": "pretrain_gpt", "bert": "pretrain_bert", "t5": "pretrain_t5"}
-#: Those of models whose work and memory are not known here.
-UNPLANNED = ("pretrain_mamba.py", "pretrain-mamba")
+SCRIPTS = {
+    "gpt": "pretrain_gpt",
+    "hybrid": "pretrain_mamba",
+    "bert": "pretrain_bert",
+    "t5": "pretrain_t5",
+}
+#: Those of models that predict the next token: samples are windows over documents, attention sees the past.
+CAUSAL = (SCRIPTS["gpt"], SCRIPTS["hybrid"])
 DEVICES = ("h100", "h200", "a100", "cpu")
 
 USAGE = """Say what a training command will do, without doing it: no process group, no memory, no GPU.
 
-    python tools/explain.py [torchrun ...] [pretrain_gpt.py|pretrain_bert.py|pretrain_t5.py] <its flags>
-                            [--world-size N] [--device {h100,h200,a100,cpu}] [--profile FILE]
+    python tools/explain.py [torchrun ...] [pretrain_gpt.py|pretrain_mamba.py|pretrain_bert.py|pretrain_t5.py]
+                            <its flags> [--world-size N] [--device {h100,h200,a100,cpu}] [--profile FILE]
 
 --world-size: number of ranks; else what torchrun's --nnodes x --nproc-per-node say, else the variable WORLD_SIZE, else 1.
 --device: the machine to plan for; else this one, or H100s where more ranks are asked for than this one has cores.
@@ -74,15 +79,10 @@ def _own_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _split_at_script(words: list[str]) -> tuple[list[str], str, list[str]]:
-    """(launcher's words, entry script, flags); without an entry script all words are flags of GPT.
-
-    FlagError for a script whose model is not planned.
-    """
+    """(launcher's words, entry script, flags); without an entry script all words are flags of GPT."""
     names = {f"{module}.py": module for module in SCRIPTS.values()}
     names |= {module.replace("_", "-"): module for module in SCRIPTS.values()}  # the console scripts
     for position, word in enumerate(words):
-        if Path(word).name in UNPLANNED:
-            raise FlagError(word, "hybrid models are not planned ahead", "start it: a few iterations tell")
         if word in names or Path(word).name in names:
             return words[:position], names[Path(word).name], words[position + 1 :]
     return [], SCRIPTS["gpt"], words

@@ -12,11 +12,13 @@ from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
+from megatron.core.ssm.mamba_hybrid_layer_allocation import layer_counts
 from megatron.core.timers import Timers
 from megatron.training import report
 from megatron.training.context import TrainContext
 from megatron.training.data import get_train_valid_test_num_samples
-from megatron.training.explain import data, parameters
+from megatron.training.explain import data, mamba, parameters, steptime
+from megatron.training.explain.command import CAUSAL
 from megatron.training.explain.explanation import Explanation
 from megatron.training.flops import num_floating_point_operations
 from megatron.training.setup import get_optimizer_param_scheduler
@@ -52,10 +54,13 @@ def lines(e: Explanation) -> list[str]:
 
 
 def model(e: Explanation) -> list[str]:
-    """Parameters in total and per rank."""
+    """Parameters in total and per rank; of a hybrid model what its layers are."""
     result = report.model_size(parameters.total(e.stages, e.args))
-    for first, last, row in _runs([[chunk.numel for chunk in row] for row in e.stages]):
-        text = " + ".join(f"{numel:,}" for numel in row)
+    kinds = "".join(chunk.kinds for row in e.stages for chunk in row)
+    if kinds:
+        result.append(f">   layers: {layer_counts(kinds)}")
+    for first, last, row in _runs([[(chunk.numel, chunk.kinds) for chunk in row] for row in e.stages]):
+        text = " + ".join(f"{numel:,}" + (f", {letters}" if letters else "") for numel, letters in row)
         result.append(f">   on each rank of {_stages(first, last)}: {text}")
     return result
 
@@ -76,9 +81,7 @@ def run(e: Explanation) -> list[str]:
     finally:
         destroy_num_microbatches_calculator()
     wanted = get_train_valid_test_num_samples(ctx=context)
-    return report.schedule(args, scheduler) + data.lines(
-        args, wanted, e.reading.command.script == "pretrain_gpt"
-    )
+    return report.schedule(args, scheduler) + data.lines(args, wanted, e.reading.command.script in CAUSAL)
 
 
 def memory(e: Explanation) -> list[str]:
@@ -118,12 +121,19 @@ def time(e: Explanation) -> list[str]:
     rate = per_rank / s.seconds
     rest = ("gradients", s.exposed_reduce_s), ("parameters", s.exposed_gather_s)
     waits = ", ".join(f"{what} not hidden {seconds:.3g} s" for what, seconds in rest)
-    return [
+    result = [
         f"> model FLOPs per step: {flops:.4g}, {per_rank:.4g} per rank",
         f"> predicted step on {e.profile.name}: {s.seconds:.4g} s = {rate / 1e12:.4g} TFLOP/s per rank, "
         f"{100 * rate / e.profile.peak:.1f}% of the peak (an estimate; docs/scale.md)",
         f">   pipeline {s.pipeline_s:.4g} s (bubble {100 * s.bubble:.1f}%), {waits}, optimizer {s.optimizer_s:.3g} s",
     ]
+    scans = steptime.share_of(mamba.SCAN, e.workload, e.profile, e.works)
+    if scans:
+        result.append(
+            f">   {100 * scans:.0f}% of that in the scans of Mamba layers (plain PyTorch): counted by their passes over "
+            "memory, not measured on a GPU"
+        )
+    return result
 
 
 def _stages(first: int, last: int) -> str:

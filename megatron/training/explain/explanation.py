@@ -27,10 +27,16 @@ from megatron.training.explain.workload import Workload, workload
 from megatron.training.initialize import prepare_args
 
 #: What the entry scripts call their models.
-_MODELS = {"pretrain_gpt": "GPT", "pretrain_bert": "BERT", "pretrain_t5": "T5"}
+_MODELS = {
+    "pretrain_gpt": "GPT",
+    "pretrain_mamba": "hybrid models",
+    "pretrain_bert": "BERT",
+    "pretrain_t5": "T5",
+}
 #: What an entry script would fill in.
 _DEFAULT_TOKENIZERS = {
     "pretrain_gpt": "GPT2BPETokenizer",
+    "pretrain_mamba": "GPT2BPETokenizer",
     "pretrain_bert": "BertWordPieceLowerCase",
     "pretrain_t5": "BertWordPieceLowerCase",
 }
@@ -140,7 +146,8 @@ def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[
     args = parse_args(argv=command.flags)
     args.rank, args.world_size = 0, command.world_size
     if args.transformer_impl == "transformer_engine" and machine.has_cuda:
-        if "transformer_engine" not in machine.packages:
+        reads = "transformer_impl" not in rules.UNREAD[_MODELS[command.script]]
+        if reads and "transformer_engine" not in machine.packages:
             remarks.append(
                 "Transformer Engine is not here: planned with this library's own layers (equal parameters)"
             )

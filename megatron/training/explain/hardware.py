@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from megatron.core.errors import FlagError
+from megatron.training.explain.work import Gemm
 
 GB = 1e9
 TFLOP = 1e12
@@ -22,8 +23,9 @@ class DeviceProfile:
 
     Rates in FLOP/s and bytes/s, per device and direction. A GEMM [m, k] x [k, n] runs at
     `peak * gemm_share / (1 + half_rows/m + half_rows/n + half_depth/k)`: the shares of tiles that are filled and of the
-    time spent in the main loop. With fp8 operands `peak_fp8` takes the place of `peak`. `attention_share` of the peak is
-    what fused attention reaches, `memory_share` of the bandwidth what passes over memory reach, `link_share` and
+    time spent in the main loop. `peak` is that of half-precision operands; `peak_fp8` and `peak_fp32` take its place for
+    others (torch multiplies fp32 matrices in fp32 unless told otherwise). `attention_share` of the peak is what fused
+    attention reaches, `memory_share` of the bandwidth what passes over memory reach, `link_share` and
     `network_share` of links and adapters what transfers reach. `hidden_tensor` is the share of
     tensor-parallel transfers that overlap hides. `launch_s` is added to every GEMM and attention, `step_s` to every
     step (data, logging, the optimizer's host work), and `jitter` is what a step takes longer than its parts: stragglers.
@@ -33,6 +35,7 @@ class DeviceProfile:
     name: str
     peak: float
     peak_fp8: float
+    peak_fp32: float
     gemm_share: float
     half_rows: float
     half_depth: float
@@ -51,18 +54,23 @@ class DeviceProfile:
     jitter: float
     capacity: float
 
-    def gemm_seconds(self, m: float, n: float, k: float, fp8: bool = False) -> float:
-        """Time of one GEMM [m, k] x [k, n]."""
+    def peak_of(self, operand_bytes: int) -> float:
+        """The peak of products whose operands take so many bytes an element."""
+        return {1: self.peak_fp8, 2: self.peak, 4: self.peak_fp32}[operand_bytes]
+
+    def gemm_seconds(self, gemm: Gemm, operand_bytes: int) -> float:
+        """Time of a GEMM, or of a batch of equal ones."""
+        m, n, k, count = gemm
         share = self.gemm_share / (1 + self.half_rows / m + self.half_rows / n + self.half_depth / k)
-        return self.launch_s + 2.0 * m * n * k / ((self.peak_fp8 if fp8 else self.peak) * share)
+        return self.launch_s + 2.0 * m * n * k * count / (self.peak_of(operand_bytes) * share)
 
     def pass_seconds(self, moved_bytes: float) -> float:
         """Time to read and write so many bytes of device memory."""
         return moved_bytes / (self.memory * self.memory_share)
 
-    def attention_seconds(self, flops: float) -> float:
+    def attention_seconds(self, flops: float, operand_bytes: int) -> float:
         """Time of fused attention with so many FLOPs (only those that a causal mask leaves)."""
-        return self.launch_s + flops / (self.peak * self.attention_share)
+        return self.launch_s + flops / (self.peak_of(operand_bytes) * self.attention_share)
 
     def group_rate(self, ranks: int, stride: int) -> float:
         """Bytes/s per rank of a ring over `ranks` that stand `stride` apart in the world.
@@ -92,6 +100,7 @@ H100 = DeviceProfile(
     name="h100",
     peak=989.5 * TFLOP,
     peak_fp8=1979 * TFLOP,
+    peak_fp32=66.9 * TFLOP,
     gemm_share=0.64,
     half_rows=96,
     half_depth=256,
@@ -121,6 +130,7 @@ PROFILES = {
         name="a100",
         peak=312 * TFLOP,
         peak_fp8=312 * TFLOP,  # without units of its own
+        peak_fp32=19.5 * TFLOP,
         gemm_share=0.80,
         memory=2039 * GB,
         link=300 * GB,
@@ -131,6 +141,7 @@ PROFILES = {
         name="cpu",
         peak=100e9,
         peak_fp8=100e9,  # emulated
+        peak_fp32=100e9,
         gemm_share=0.9,
         half_rows=16,
         half_depth=32,

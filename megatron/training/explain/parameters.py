@@ -8,16 +8,21 @@ import io
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from megatron.core import device, parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.errors import FlagError
 from megatron.core.kernels import capability, registry
 from megatron.core.kernels.capability import Capabilities
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_block import MambaStack
+from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols, layer_kinds
+from megatron.core.ssm.mamba_mixer import MambaMixer
+from megatron.core.ssm.sections import MixerSizes
 from megatron.core.tensor_parallel.layers import fp8_layers
 from megatron.core.timers import Timers
 from megatron.core.topology import Layout
@@ -41,14 +46,30 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Mixer:
+    """One rank's part of the mixer of a Mamba layer. `recomputed`: between its projections it keeps nothing."""
+
+    sizes: MixerSizes
+    taps: int
+    chunk: int
+    normed: bool
+    recomputed: bool
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """The model part of one (stage, chunk): its layers as (encoder, decoder) counts, which ends it holds, its tensors."""
+    """The model part of one (stage, chunk): its layers as (encoder, decoder) counts, which ends it holds, its tensors.
+
+    In a hybrid model `kinds` says layer by layer which is of which kind, and `mixer` what Mamba layers are made of.
+    """
 
     encoder_layers: int
     decoder_layers: int
     embeds: bool
     scores: bool
     parameters: tuple[Parameter, ...]
+    kinds: str = ""
+    mixer: Mixer | None = None
 
     @property
     def numel(self) -> int:
@@ -78,8 +99,9 @@ def build(args: Namespace, script: str, machine: Capabilities) -> tuple[Stages, 
     encoder_decoder = script == "pretrain_t5"
     if not encoder_decoder:
         rules.check(args, rules.ONE_STACK)
+    kinds = _kinds(args) if script == "pretrain_mamba" else ""
     stages, chunks = stages_of(args), args.virtual_pipeline_model_parallel_size or 1
-    built: dict[tuple[Any, ...], tuple[Parameter, ...]] = {}
+    built: dict[_Part, Chunk] = {}
     result = []
     bare = Namespace(**{**vars(args), "perform_initialization": False, "rank": 1})
     bare.model_type = ModelType.encoder_and_decoder if encoder_decoder else ModelType.encoder_or_decoder
@@ -87,37 +109,75 @@ def build(args: Namespace, script: str, machine: Capabilities) -> tuple[Stages, 
         for stage in range(stages):
             row = []
             for chunk in range(chunks):
-                parts = _parts(args, stage, chunk, encoder_decoder)
-                if parts not in built:
+                part = _part(args, stage, chunk, encoder_decoder, kinds)
+                if part not in built:
                     own = (
-                        {"add_encoder": parts[0] > 0, "add_decoder": parts[1] > 0} if encoder_decoder else {}
+                        {"add_encoder": part.encoder > 0, "add_decoder": part.decoder > 0}
+                        if encoder_decoder
+                        else {}
                     )
                     virtual = (chunk, chunks) if chunks > 1 else (None, None)
                     with parallel_state.standing_at(place_of(args, stage), *virtual):
-                        model = module.model_provider(pre_process=parts[2], post_process=parts[3], **own)
-                    built[parts] = _parameters(model)
-                row.append(Chunk(*parts[:2], parts[4], parts[5], built[parts]))
+                        model = module.model_provider(pre_process=part.first, post_process=part.last, **own)
+                    built[part] = _chunk(part, model)
+                row.append(built[part])
             result.append(tuple(row))
     return tuple(result), list(choices.values())
 
 
-def _parts(
-    args: Namespace, stage: int, chunk: int, encoder_decoder: bool
-) -> tuple[int, int, bool, bool, bool, bool]:
-    """What a chunk holds: encoder and decoder layers; is first, is last (as the provider is told); embeds, scores."""
+class _Part(NamedTuple):
+    """What a chunk holds: encoder and decoder layers; is it first, is it last, as the provider is told; does it embed and
+    score; the kinds of a hybrid's layers."""
+
+    encoder: int
+    decoder: int
+    first: bool
+    last: bool
+    embeds: bool
+    scores: bool
+    kinds: str = ""
+
+
+def _part(args: Namespace, stage: int, chunk: int, encoder_decoder: bool, kinds: str) -> _Part:
     stages, chunks = stages_of(args), args.virtual_pipeline_model_parallel_size or 1
     if not encoder_decoder:
-        layers = len(_split(args, args.num_layers, stages, chunks)[chunk][stage])
+        layers = _split(args, args.num_layers, stages, chunks)[chunk][stage]
         first = stage == 0 and chunk == 0
         last = stage == stages - 1 and chunk == chunks - 1
-        return 0, layers, first, last, first, last
+        return _Part(0, len(layers), first, last, first, last, kinds[layers.start : layers.stop])
     own = args.encoder_pipeline_model_parallel_size
     depth = args.num_layers if args.decoder_num_layers is None else args.decoder_num_layers
     encoder_here, decoder_here = stage < own or stages == 1, stage >= own
     encoder = args.encoder_num_layers // max(own, 1) if encoder_here else 0
     decoder = len(_split(args, depth, stages - own, 1)[0][stage - own]) if decoder_here else 0
     last = stage == stages - 1
-    return encoder, decoder, stage in (0, own), stage in (own - 1, stages - 1), stage in (0, own), last
+    return _Part(encoder, decoder, stage in (0, own), stage in (own - 1, stages - 1), stage in (0, own), last)
+
+
+def _kinds(args: Namespace) -> str:
+    """The kind of every layer of a hybrid model, as letters of `Symbols`."""
+    rules.check(args, rules.HYBRID)
+    ratios = (args.hybrid_attention_ratio, args.hybrid_mlp_ratio)
+    return "".join(layer_kinds(args.num_layers, *ratios, args.hybrid_override_pattern))
+
+
+def _chunk(part: _Part, model: torch.nn.Module) -> Chunk:
+    """What the built model says about itself. FlagError for a hybrid's layers whose work is not known."""
+    mixer = None
+    if part.kinds:
+        known = isinstance(model.decoder, MambaStack) and "".join(model.decoder.layer_type_list) == part.kinds
+        mixer = next((_mixer(each) for each in model.modules() if isinstance(each, MambaMixer)), None)
+        if not known or (Symbols.MAMBA in part.kinds and mixer is None):
+            raise FlagError(
+                "--spec",
+                "what its layers compute is not known: they are not made of this library's MambaStack and MambaMixer",
+                "explain a stack of those and start this one: a few iterations tell",
+            )
+    return Chunk(part.encoder, part.decoder, part.embeds, part.scores, _parameters(model), part.kinds, mixer)
+
+
+def _mixer(built: MambaMixer) -> Mixer:
+    return Mixer(built.local, built.d_conv, built.chunk_size, built.norm is not None, built.use_mem_eff_path)
 
 
 def _split(args: Namespace, layers: int, stages: int, chunks: int) -> tuple[tuple[range, ...], ...]:

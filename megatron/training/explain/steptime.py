@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron.core.pipeline_parallel.plan import Message, Op, make_plan
 from megatron.core.pipeline_parallel.simulator import timeline
 from megatron.training.explain.hardware import DeviceProfile
-from megatron.training.explain.inventory import ChunkWork, Work
+from megatron.training.explain.inventory import ChunkWork, LayerGroup
 from megatron.training.explain.parameters import Stages
+from megatron.training.explain.work import Gemm, Work
 from megatron.training.explain.workload import Workload
 
 #: Micro-batches per stage and chunk cycle that are simulated; further ones repeat the steady state.
@@ -34,7 +35,8 @@ class StepTime:
 def forward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
     """One operation's forward pass, transfers that it waits for included."""
     gathered = d.ring_seconds(work.gathered, w.tp, 1) if work.gathered else 0.0
-    seconds = sum(d.gemm_seconds(*gemm, work.fp8) for gemm in work.gemms) + d.pass_seconds(work.moved)
+    operands = work.operand_bytes or w.bytes
+    seconds = sum(d.gemm_seconds(gemm, operands) for gemm in work.gemms) + d.pass_seconds(work.moved)
     seconds += _exposed(w, d, gathered)
     if work.attention:
         seconds += _attention_seconds(w, d, work.attention, work.ring)
@@ -45,9 +47,11 @@ def forward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
 
 def backward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
     """One operation's backward pass."""
+    operands = work.operand_bytes or w.bytes
+    of_weights = operands if w.fp8_wgrad else max(operands, w.bytes)
     gemms = sum(
-        d.gemm_seconds(m, k, n, work.fp8) + d.gemm_seconds(n, k, m, work.fp8 and w.fp8_wgrad)
-        for m, n, k in work.gemms
+        d.gemm_seconds(Gemm(m, k, n, count), operands) + d.gemm_seconds(Gemm(n, k, m, count), of_weights)
+        for m, n, k, count in work.gemms
     )
     waited = d.ring_seconds(work.gathered_back, w.tp, 1) if work.gathered_back else 0.0
     behind = d.ring_seconds(work.gathered_behind, w.tp, 1) if work.gathered_behind else 0.0
@@ -65,28 +69,33 @@ def _exposed(w: Workload, d: DeviceProfile, transfer: float) -> float:
 
 def _attention_seconds(w: Workload, d: DeviceProfile, flops: float, ring: float) -> float:
     """Attention, with the keys and values of other context-parallel ranks arriving behind it."""
-    compute = d.attention_seconds(flops)
+    compute = d.attention_seconds(flops, w.bytes)
     if not ring:
         return compute
     return max(compute, d.send_seconds(ring, w.tp * w.cp - 1))
 
 
+def work_seconds(w: Workload, d: DeviceProfile, chunk: ChunkWork) -> Iterator[tuple[Work, float, float]]:
+    """(operation, seconds forward, seconds backward) of one micro-batch in a chunk; recomputation counts as backward."""
+    ends = LayerGroup((*chunk.front, *chunk.back), 1, False)
+    for group in (ends, *chunk.groups):
+        for work in group.works:
+            ahead = forward_seconds(w, d, work)
+            back = backward_seconds(w, d, work) + (group.again + work.runs_again(w)) * ahead
+            yield work, group.count * ahead, group.count * back
+
+
 def chunk_seconds(w: Workload, d: DeviceProfile, chunk: ChunkWork) -> tuple[float, float]:
-    """(forward, backward) of one micro-batch through a chunk; recomputation counts as backward."""
-    forward = backward = 0.0
-    for work in (*chunk.front, *chunk.back):
-        forward += forward_seconds(w, d, work)
-        backward += backward_seconds(w, d, work)
-    for group in chunk.groups:
-        ahead = sum(forward_seconds(w, d, work) for work in group.works)
-        back = sum(backward_seconds(w, d, work) for work in group.works)
-        if group.segment:
-            back += ahead
-        elif w.recompute == "selective":
-            back += sum(forward_seconds(w, d, work) for work in group.works if work.core)
-        forward += group.layers * ahead
-        backward += group.layers * back
-    return forward, backward
+    """(forward, backward) of one micro-batch through a chunk."""
+    parts = list(work_seconds(w, d, chunk))
+    return sum(ahead for _, ahead, _ in parts), sum(back for _, _, back in parts)
+
+
+def share_of(name: str, w: Workload, d: DeviceProfile, works: Sequence[Sequence[ChunkWork]]) -> float:
+    """The share of the operations of this name in the time that the ranks of all stages work on a micro-batch."""
+    parts = [part for row in works for chunk in row for part in work_seconds(w, d, chunk)]
+    named = sum(ahead + back for work, ahead, back in parts if work.name == name)
+    return named / sum(ahead + back for _, ahead, back in parts)
 
 
 def predict(w: Workload, d: DeviceProfile, stages: Stages, works: Sequence[Sequence[ChunkWork]]) -> StepTime:

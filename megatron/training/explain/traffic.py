@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.training.explain.hardware import DeviceProfile
-from megatron.training.explain.inventory import ChunkWork, Work
+from megatron.training.explain.inventory import ChunkWork
 from megatron.training.explain.parameters import Chunk
+from megatron.training.explain.work import Work
 from megatron.training.explain.workload import Workload
 
 
@@ -76,6 +77,6 @@ def _sum(works: Sequence[ChunkWork], value: Callable[[Work], float], recomputed_
         if not recomputed_only:
             total += sum(value(work) for work in (*chunk.front, *chunk.back))
         for group in chunk.groups:
-            if group.segment or not recomputed_only:
-                total += group.layers * sum(value(work) for work in group.works)
+            if group.again or not recomputed_only:
+                total += group.count * sum(value(work) for work in group.works)
     return total

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from megatron.training.explain.command import CAUSAL
 from megatron.training.explain.parameters import Chunk, Parameter, Stages, stages_of
 
 
@@ -124,7 +125,7 @@ def workload(args: Namespace, stages: Stages, script: str, attention: str, on_cp
         attention_dropout=args.attention_dropout > 0,
         rope=args.position_embedding_type == "rope",
         biases=args.add_bias_linear,
-        causal=script == "pretrain_gpt",
+        causal=script in CAUSAL,
         attention=attention,
         experts=args.num_experts or 0,
         topk=args.moe_router_topk if args.num_experts else 1,
@@ -141,7 +142,7 @@ def workload(args: Namespace, stages: Stages, script: str, attention: str, on_cp
         gradient_bytes=4 if in_fp32 else 2,
         recompute=args.recompute_granularity or "none",
         recompute_method=args.recompute_method or "none",
-        recompute_layers=args.recompute_num_layers or 1,
+        recompute_layers=args.recompute_num_layers or 0,
         distributed_optimizer=args.use_distributed_optimizer,
         adam=args.optimizer == "adam",
         overlap_gradients=args.overlap_grad_reduce,
