@@ -46,7 +46,8 @@ def test_slurm_array(local: bool, options: list[str], tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "sbatch").write_text(SBATCH)
     (folder / "sbatch").chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
+    (folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "python").chmod(0o755)
     environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "SHARDS": "3"}
     script = ROOT / "examples" / "preprocessing" / "slurm_array.sh"
     flags = ["--local"] if local else []
