@@ -4,9 +4,13 @@ process.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from tests.gang.harness import run_gang
 from tests.gang.model_runs import Cut, reference, reference_with_documents, run_cut, run_documents
@@ -101,3 +105,42 @@ def test_documents_with_context_parallelism(name: str, cut: Cut) -> None:
     for total, error in run_gang(cut.world_size, run_documents, name, cut, weights, gradients):
         assert total == pytest.approx(loss, rel=1e-12)
         assert error < 1e-11
+
+
+def pad_output_layer(
+    name: str, tied: bool, tp: int, vocabulary: int, place: Path, save: bool
+) -> torch.Tensor:
+    """Body: write a model whose output layer counts its rows, or read that file; this rank's rows after that."""
+    parallel_state.initialize_model_parallel(tp)
+    model_parallel_cuda_manual_seed(1)
+    config = recorded.config_of(name, tensor_model_parallel_size=tp)
+    model = recorded.build(
+        name,
+        config,
+        vocab_size=vocabulary,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+    )
+    layer = model.lm_head.output_layer if name == "t5" else model.output_layer
+    rows = layer.bias if layer.bias is not None else layer.weight
+    with torch.no_grad():
+        rows.fill_(-1)
+        if save:
+            rows.copy_((torch.arange(len(rows)) + 1.0).view(-1, *[1] * (rows.dim() - 1)).expand_as(rows))
+            dist_checkpointing.save(model.sharded_state_dict(), place)
+        else:
+            model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), place))
+    return rows.detach().reshape(len(rows), -1)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "tied", "padded"),
+    [("t5", True, 288), ("t5", True, 240), ("t5", False, 288), ("bert", True, 288), ("gpt", False, 288)],
+)
+def test_an_output_layer_takes_as_many_rows_as_its_vocabulary_has(
+    tmp_path: Path, name: str, tied: bool, padded: int
+) -> None:
+    """Of a file whose vocabulary is padded otherwise, because it is divided over fewer ranks: zeros or nothing more."""
+    run_gang(1, pad_output_layer, name, tied, 1, 256, tmp_path, True)
+    rows = torch.cat(run_gang(2, pad_output_layer, name, tied, 2, padded, tmp_path, False))
+    assert rows.tolist() == [float(row + 1) if row < 256 else 0.0 for row in range(padded)]
