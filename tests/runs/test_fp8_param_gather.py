@@ -44,6 +44,10 @@ def assert_same_log(got: list[dict[str, Any]], expected: list[dict[str, Any]]) -
     ("ranks", "flags"),
     [
         (1, DELAYED),
+        (1, DELAYED + "--no-gradient-accumulation-fusion "),
+        pytest.param(
+            2, DELAYED + "--no-gradient-accumulation-fusion --no-fp8-wgrad ", marks=pytest.mark.slow
+        ),
         pytest.param(2, TENSORWISE, marks=pytest.mark.slow),
         (
             2,

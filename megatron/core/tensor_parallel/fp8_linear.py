@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron.core import fp8
 from megatron.core.collectives import reduce_scatter_single
 from megatron.core.fp8.operands import Fp8Operands, Quantized
 from megatron.core.fp8.recipe import GRADIENT, INPUT
@@ -97,7 +98,7 @@ class _Fp8Linear(torch.autograd.Function):
             target = weight.main_grad if ctx.accumulate is not None else None
             product = operands.weight_gradient(grad, x, ctx.dtype if target is None else target.dtype)
             if target is None:
-                grad_weight = product.to(weight.dtype)
+                grad_weight = product.to(fp8.weights.dtype_of(weight))
             else:
                 target.add_(product)
                 weight.grad_added_to_main_grad = True
@@ -106,6 +107,11 @@ class _Fp8Linear(torch.autograd.Function):
             weight.grad_added_to_main_grad = True
         elif wants_weight:
             grad_weight = flat_grad.t().matmul(_flat(whole))
+        if grad_weight is not None and operands.kept_weight is not None:
+            # Autograd would round it to fp8, which is what the parameter's numbers are.
+            weight.main_grad.add_(grad_weight)
+            weight.grad_added_to_main_grad = True
+            grad_weight = None
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = flat_grad.sum(dim=0)
         if sending is not None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron.core import device, fp8, parallel_state
-from megatron.core.errors import ConfigError
 from megatron.core.fusions.grad_accumulation import choose as choose_wgrad_accumulation
 from megatron.core.kernels import registry
 from megatron.core.model_parallel_config import ModelParallelConfig
@@ -606,18 +605,9 @@ def fp8_layers(chunk: torch.nn.Module) -> list[tuple[_ParallelLinear, fp8.Fp8Ope
 
 
 def keep_weights_in_fp8(chunk: torch.nn.Module) -> None:
-    """Make the weights of a chunk's fp8 layers fp8 numbers themselves (`core/fp8/weights.py`), frozen ones excepted.
-
-    ConfigError for a layer whose gradients are not added to a main gradient: fp8 could not hold them.
-    """
+    """Make the weights of a chunk's fp8 layers fp8 numbers themselves (`core/fp8/weights.py`), frozen ones excepted."""
     for layer, operands in fp8_layers(chunk):
         assert isinstance(layer.weight, Parameter), "an fp8 layer has a weight of its own"
-        if not layer.gradient_accumulation_fusion:
-            raise ConfigError(
-                "--fp8-param-gather --no-gradient-accumulation-fusion",
-                "a gradient of an fp8 parameter would be rounded to fp8 before it is accumulated",
-                "drop --no-gradient-accumulation-fusion",
-            )
         if layer.weight.requires_grad:
             operands.keep_weight(layer.weight)
 

@@ -305,14 +305,6 @@ def fp8_parameters_are_updated_in_every_step(args: Any) -> bool:
     return not args.fp8_param_gather or not (args.fp16 or args.loss_scale)
 
 
-@rule(GIVEN, "--fp8-param-gather", "--no-gradient-accumulation-fusion",
-      bad="--bf16 --fp8-format hybrid --fp8-param-gather --use-distributed-optimizer --no-gradient-accumulation-fusion",
-      why="a gradient of an fp8 parameter would be rounded to fp8 before it is accumulated",
-      fix="drop --no-gradient-accumulation-fusion")
-def fp8_parameters_accumulate_in_main_gradients(args: Any) -> bool:
-    return not args.fp8_param_gather or args.gradient_accumulation_fusion
-
-
 @rule(GIVEN, "--fp8-param-gather", "--enable-cuda-graph",
       bad="--bf16 --fp8-format hybrid --fp8-recipe tensorwise --fp8-param-gather --use-distributed-optimizer "
           "--enable-cuda-graph --attention-dropout 0 --hidden-dropout 0",
