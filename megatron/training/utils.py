@@ -79,28 +79,47 @@ def unwrap_model(model: Any, module_instances: tuple[type, ...] = ALL_MODULE_WRA
 def calc_params_l2_norm(model: Any) -> float:
     """L2 norm of all parameters of the whole model, shared and duplicated ones counted once.
 
-    All ranks must call. Half-precision parameters are squared in fp32.
+    All ranks must call. Half-precision parameters are squared in fp32. Where a step's updates are gathered only in the
+    next forward pass, each rank counts what it updated itself.
     """
+    chunks = model if isinstance(model, list) else [model]
+    owned: dict[Tensor, slice] = {}
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            owned |= chunk.owned_parts()
     dense: list[Tensor] = []
     expert: list[Tensor] = []
-    for chunk in model if isinstance(model, list) else [model]:
+    for chunk in chunks:
         for param in chunk.parameters():
             if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
                 values = fp8_weights.values_of(param)
+                if owned:
+                    values = values.flatten()[owned.get(param, _counted_once(param))]
                 (dense if getattr(param, "allreduce", True) else expert).append(values)
     has_experts = parallel_state.get_expert_model_parallel_world_size() > 1
-    if has_experts and parallel_state.get_expert_model_parallel_rank() > 0:
+    if has_experts and not owned and parallel_state.get_expert_model_parallel_rank() > 0:
         dense = []  # the same on every expert-parallel rank: counted on the first
     total = torch.zeros(1, dtype=torch.float64, device=device.current())
     for param in (*dense, *expert):
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         total += torch.linalg.vector_norm(param, dtype=wide).double().square()
-    if has_experts:
+    if owned:
+        dist.all_reduce(total)
+    elif has_experts:
         dist.all_reduce(total, group=parallel_state.get_tensor_and_expert_parallel_group())
         dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     else:
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return total.item() ** 0.5
+
+
+def _counted_once(param: Tensor) -> slice:
+    """All of a parameter that no rank updates, on the first of its replicas."""
+    if getattr(param, "allreduce", True):
+        replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    else:
+        replica = parallel_state.get_data_modulo_expert_parallel_rank(with_context_parallel=True)
+    return slice(None) if replica == 0 else slice(0)
 
 
 def average_losses_across_data_parallel_group(losses: Sequence[Tensor]) -> Tensor:

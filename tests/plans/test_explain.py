@@ -267,8 +267,13 @@ def test_pipeline_bytes() -> None:
     """Every micro-batch hands on one [s, b, h] forward and one backward at each border that a stage has."""
     words = TINY + "--pipeline-model-parallel-size 4 --world-size 4"
     tensor = 128 * 2 * 64 * 4
-    sent = [traffic(words, stage)["pipeline", "activations, gradients"] for stage in range(4)]
-    assert sent == [8 * tensor, 2 * 8 * tensor, 2 * 8 * tensor, 8 * tensor]
+    sent = [traffic(words, stage) for stage in range(4)]
+    handed = [found["pipeline", "activations, gradients"] for found in sent]
+    assert handed == [8 * tensor, 2 * 8 * tensor, 2 * 8 * tensor, 8 * tensor]
+    # Of 1,024 words, which the first and the last stage hold.
+    assert [found.get(("pipeline", "gradients of tied words")) for found in sent] == [
+        1024 * 64 * 4, None, None, 1024 * 64 * 4
+    ]  # fmt: skip
 
 
 # The report --------------------------------------------------------------------------------------------------------

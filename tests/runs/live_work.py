@@ -23,11 +23,14 @@ class Sent(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
-        self._names = {
+        groups = {
             "tensor": parallel_state.get_tensor_model_parallel_group(),
             "pipeline": parallel_state.get_pipeline_model_parallel_group(),
             "data": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
+        self._names = {group.group_name: name for name, group in groups.items()}
+        if (tied := parallel_state.get_current().embd) is not None:
+            self._names[tied.group_name] = "pipeline"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
@@ -42,8 +45,7 @@ class Sent(TorchDispatchMode):
         ring = (group.size() - 1) / group.size()
         share = {"send": 1.0, "allreduce_": 2 * ring, "_allgather_base_": ring, "_reduce_scatter_base_": ring}
         if name in share and group.size() > 1:
-            where = [key for key, known in self._names.items() if known.group_name == group.group_name]
-            self.bytes[where[0] if where else "other"] += share[name] * size
+            self.bytes[self._names.get(group.group_name, "other")] += share[name] * size
 
 
 def counted(argv: list[str], script: str) -> tuple[int, dict[str, float]]:

@@ -32,9 +32,10 @@ CASES = {
         HYBRID + "--use-distributed-optimizer --bf16 --overlap-grad-reduce --overlap-param-gather",
     ),
     "gpt tp2+sp": ("pretrain_gpt", 2, GPT + TP2_SP),
+    "gpt pp2 tied": ("pretrain_gpt", 2, GPT + "--pipeline-model-parallel-size 2"),
     "gpt tp2 full": ("pretrain_gpt", 2, GPT + "--tensor-model-parallel-size 2 " + FULL + "2"),
 }
-QUICK = ("hybrid tp2+sp full", "hybrid dp2 distopt", "gpt tp2+sp")
+QUICK = ("hybrid tp2+sp full", "hybrid dp2 distopt", "gpt tp2+sp", "gpt pp2 tied")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [slow]) for n in CASES])

@@ -130,8 +130,8 @@ def time(e: Explanation) -> list[str]:
     scans = steptime.share_of(mamba.SCAN, e.workload, e.profile, e.works)
     if scans:
         result.append(
-            f">   {100 * scans:.0f}% of that in the scans of Mamba layers (plain PyTorch): counted by their passes over "
-            "memory, not measured on a GPU"
+            f">   scans of Mamba layers: {100 * scans:.0f}% of the work of a micro-batch (plain PyTorch; counted by their "
+            "passes over memory, not measured on a GPU)"
         )
     return result
 

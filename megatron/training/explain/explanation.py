@@ -79,7 +79,7 @@ class Explanation:
 
     def traffic(self, stage: int) -> list[Traffic]:
         """What a rank of a stage sends per step."""
-        return traffic.of_stage(self.workload, self.profile, stage, self.stages[stage], self.works[stage])
+        return traffic.of_stage(self.workload, self.profile, stage, self.stages, self.works[stage])
 
 
 def read(command: Command) -> Reading:

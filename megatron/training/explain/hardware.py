@@ -60,9 +60,9 @@ class DeviceProfile:
 
     def gemm_seconds(self, gemm: Gemm, operand_bytes: int) -> float:
         """Time of a GEMM, or of a batch of equal ones."""
-        m, n, k, count = gemm
+        m, n, k, batch = gemm
         share = self.gemm_share / (1 + self.half_rows / m + self.half_rows / n + self.half_depth / k)
-        return self.launch_s + 2.0 * m * n * k * count / (self.peak_of(operand_bytes) * share)
+        return self.launch_s + 2.0 * m * n * k * batch / (self.peak_of(operand_bytes) * share)
 
     def pass_seconds(self, moved_bytes: float) -> float:
         """Time to read and write so many bytes of device memory."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron.core.distributed.buckets import default_bucket_size, plan_buffer
 from megatron.core.pipeline_parallel.plan import Op, make_plan
 from megatron.training.explain.inventory import ChunkWork, kept_bytes, recompute_bytes
-from megatron.training.explain.parameters import Chunk
+from megatron.training.explain.parameters import Chunk, Parameter
 from megatron.training.explain.workload import Workload
 
 
@@ -35,11 +35,9 @@ def stage_memory(w: Workload, stage: int, chunks: Sequence[Chunk], works: Sequen
         for expert in (False, True):
             replicas = w.dp * w.cp // (w.ep if expert else 1)
             for each in sorted({w.weight_bytes(p) for p in chunk.parameters}):
-                sizes = [
-                    p.numel for p in chunk.parameters if p.expert == expert and w.weight_bytes(p) == each
-                ]
-                padded = buffer_numel(sizes, w, replicas)
-                weights += (padded if w.distributed_optimizer else sum(sizes)) * each
+                alike = [p for p in chunk.parameters if p.expert == expert and w.weight_bytes(p) == each]
+                padded = buffer_numel(alike, w, replicas)
+                weights += (padded if w.distributed_optimizer else sum(p.numel for p in alike)) * each
                 gradients += padded * w.gradient_bytes
                 owned = padded / replicas if w.distributed_optimizer else padded
                 optimizer += owned * optimizer_bytes(w, each)
@@ -49,11 +47,15 @@ def stage_memory(w: Workload, stage: int, chunks: Sequence[Chunk], works: Sequen
     return StageMemory(weights, gradients, optimizer, max(held), held)
 
 
-def buffer_numel(sizes: Sequence[int], w: Workload, replicas: int) -> int:
+def buffer_numel(params: Sequence[Parameter], w: Workload, replicas: int) -> int:
     """Elements of the flat buffer that these parameters live in, padding included."""
     bucket = default_bucket_size(replicas) if w.overlap_gradients else None
     layout = plan_buffer(
-        sizes, bucket_size=bucket, data_parallel_size=replicas, sharded=w.distributed_optimizer
+        [param.numel for param in params],
+        bucket_size=bucket,
+        data_parallel_size=replicas,
+        sharded=w.distributed_optimizer,
+        own_bucket={position for position, param in enumerate(params) if param.tied},
     )
     return layout.numel
 

@@ -34,12 +34,13 @@ from megatron.training.context import TrainContext
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of one rank. `whole`: the same on all tensor-parallel ranks; `shared`: a copy of another stage's; `fp8`:
-    the weight of an fp8 layer."""
+    """One tensor of one rank. `whole`: the same on all tensor-parallel ranks; `tied`: other stages hold it too; `shared`:
+    and this is a copy; `fp8`: the weight of an fp8 layer."""
 
     name: str
     numel: int
     whole: bool = False
+    tied: bool = False
     shared: bool = False
     expert: bool = False
     fp8: bool = False
@@ -242,6 +243,7 @@ def _parameters(model: torch.nn.Module) -> tuple[Parameter, ...]:
             param.numel(),
             fp8=param in in_fp8,
             whole=not getattr(param, "tensor_model_parallel", False),
+            tied=getattr(param, "shared_embedding", False),
             shared=getattr(param, "shared", False),
             expert=not getattr(param, "allreduce", True),
         )

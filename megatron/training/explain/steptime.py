@@ -50,8 +50,8 @@ def backward_seconds(w: Workload, d: DeviceProfile, work: Work) -> float:
     operands = work.operand_bytes or w.bytes
     of_weights = operands if w.fp8_wgrad else max(operands, w.bytes)
     gemms = sum(
-        d.gemm_seconds(Gemm(m, k, n, count), operands) + d.gemm_seconds(Gemm(n, k, m, count), of_weights)
-        for m, n, k, count in work.gemms
+        d.gemm_seconds(Gemm(m, k, n, batch), operands) + d.gemm_seconds(Gemm(n, k, m, batch), of_weights)
+        for m, n, k, batch in work.gemms
     )
     waited = d.ring_seconds(work.gathered_back, w.tp, 1) if work.gathered_back else 0.0
     behind = d.ring_seconds(work.gathered_behind, w.tp, 1) if work.gathered_behind else 0.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron.training.explain.hardware import DeviceProfile
 from megatron.training.explain.inventory import ChunkWork
-from megatron.training.explain.parameters import Chunk
+from megatron.training.explain.parameters import Stages
 from megatron.training.explain.work import Work
 from megatron.training.explain.workload import Workload
 
@@ -23,7 +23,7 @@ class Traffic:
 
 
 def of_stage(
-    w: Workload, d: DeviceProfile, stage: int, chunks: Sequence[Chunk], works: Sequence[ChunkWork]
+    w: Workload, d: DeviceProfile, stage: int, stages: Stages, works: Sequence[ChunkWork]
 ) -> list[Traffic]:
     """Everything a rank of this stage sends; rings send all but one part of what they carry."""
     forward = _sum(works, lambda work: work.gathered)
@@ -45,15 +45,19 @@ def of_stage(
         Traffic("pipeline", "activations, gradients", n * handed, w.world <= d.per_node),
     ]
     near = w.tp * w.dp * w.cp <= d.per_node
-    reduced = gathered = 0.0
-    for chunk in chunks:
+    reduced = gathered = tied = 0.0
+    holders = sum(any(param.tied for chunk in row for param in chunk.parameters) for row in stages)
+    for chunk in stages[stage]:
         for param in chunk.parameters:
             replicas = w.dp * w.cp // (w.ep if param.expert else 1)
             rings = 1 if w.distributed_optimizer else 2
             reduced += param.numel * w.gradient_bytes * rings * _ring(replicas)
             if w.distributed_optimizer:
                 gathered += param.numel * w.weight_bytes(param) * _ring(replicas)
+            if param.tied:
+                tied += param.numel * w.gradient_bytes * 2 * _ring(holders)
     rows += [
+        Traffic("pipeline", "gradients of tied words", tied, w.world <= d.per_node),
         Traffic("data", "gradients", reduced, near),
         Traffic("data", "parameters", gathered, near),
     ]

@@ -14,12 +14,12 @@ from megatron.training.explain.workload import Workload
 
 
 class Gemm(NamedTuple):
-    """`count` products [m, k] x [k, n]."""
+    """`batch` products [m, k] x [k, n]."""
 
     m: float
     n: float
     k: float
-    count: float = 1.0
+    batch: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Work:
     @property
     def flops(self) -> float:
         """Of the forward pass."""
-        return self.attention + sum(2 * gemm.m * gemm.n * gemm.k * gemm.count for gemm in self.gemms)
+        return self.attention + sum(2 * gemm.m * gemm.n * gemm.k * gemm.batch for gemm in self.gemms)
 
     def runs_again(self, w: Workload) -> bool:
         """Whether the backward pass runs it again by itself, not together with the layers around it."""
