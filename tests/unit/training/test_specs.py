@@ -36,6 +36,13 @@ def test_other_names_are_refused(words: str, said: str) -> None:
         named_spec(words.split())
 
 
+def test_a_layer_is_no_stack() -> None:
+    with pytest.raises(
+        FlagError, match="it is the ModuleSpec of a TransformerLayer, no ModuleSpec of a stack"
+    ):
+        named_spec([BERT, "bert_layer_local_spec"], of_a_stack=True)
+
+
 def test_layers_one_by_one_are_no_stack() -> None:
     with pytest.raises(FlagError, match="it is a function, no ModuleSpec of a stack"):
         named_spec([GPT, "get_gpt_layer_local_spec"], of_a_stack=True)
