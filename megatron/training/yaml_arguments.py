@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, dict[str, bool]] = {
     "squaredrelu": {"squared_relu": True},
     "squared_relu": {"squared_relu": True},
 }
+#: Names of an earlier release, which v0.9's sample file keeps.
+_FORMER = {"delay_grad_reduce": "align_grad_reduce", "delay_param_gather": "align_param_gather"}
 
 
 def _error(why: str, fix: str) -> FlagError:
@@ -110,7 +112,8 @@ def overlay(args: argparse.Namespace, tree: SimpleNamespace) -> None:
     flags = {flag.dest: flag for flag in all_flags()}
     fields = kinds(TransformerConfig)
     given = set(args.args_given)
-    for name, value in _flatten(tree).items():
+    for written, value in _flatten(tree).items():
+        name = _FORMER.get(written, written)
         field = fields.get(name)
         for dest, item in _arguments(name, value).items():
             flag = flags.get(dest)

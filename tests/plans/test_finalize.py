@@ -307,6 +307,14 @@ def test_yaml_lies_beneath_the_command_line(tmp_path: Any, monkeypatch: pytest.M
     assert (config.num_query_groups, config.persist_layer_norm, config.bf16) == (3, False, True)
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_yaml_may_call_flags_as_the_sample_of_v0_9_does(aligned: bool, tmp_path: Any) -> None:
+    path = tmp_path / "gpt.yaml"
+    path.write_text(f"delay_grad_reduce: {aligned}\ndelay_param_gather: {aligned}\n")
+    args = arguments.parse_args(argv=["--yaml-cfg", str(path)])
+    assert (args.align_grad_reduce, args.align_param_gather) == (aligned, aligned)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
