@@ -83,27 +83,28 @@ def calc_params_l2_norm(model: Any) -> float:
     next forward pass, each rank counts what it updated itself.
     """
     chunks = model if isinstance(model, list) else [model]
-    owned: dict[Tensor, slice] = {}
+    # All chunks of a run gather alike; one without trainable parameters owns nothing.
+    owned: dict[Tensor, slice] | None = None
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            owned |= chunk.owned_parts()
+            owned = (owned or {}) | chunk.owned_parts()
     dense: list[Tensor] = []
     expert: list[Tensor] = []
     for chunk in chunks:
         for param in chunk.parameters():
             if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param):
                 values = fp8_weights.values_of(param)
-                if owned:
+                if owned is not None:
                     values = values.flatten()[owned.get(param, _counted_once(param))]
                 (dense if getattr(param, "allreduce", True) else expert).append(values)
     has_experts = parallel_state.get_expert_model_parallel_world_size() > 1
-    if has_experts and not owned and parallel_state.get_expert_model_parallel_rank() > 0:
+    if has_experts and owned is None and parallel_state.get_expert_model_parallel_rank() > 0:
         dense = []  # the same on every expert-parallel rank: counted on the first
     total = torch.zeros(1, dtype=torch.float64, device=device.current())
     for param in (*dense, *expert):
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         total += torch.linalg.vector_norm(param, dtype=wide).double().square()
-    if owned:
+    if owned is not None:
         dist.all_reduce(total)
     elif has_experts:
         dist.all_reduce(total, group=parallel_state.get_tensor_and_expert_parallel_group())

@@ -245,7 +245,7 @@ def _metadata(family: Family, config: dict[str, Any], dtype: torch.dtype, args: 
         "fp16": dtype is torch.float16,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
-        "add_position_embedding": True,
+        "add_position_embedding": own["position_embedding_type"] != "rope",
         "make_vocab_size_divisible_by": multiple,
         "consumed_train_samples": 0,
         "consumed_valid_samples": 0,

@@ -104,6 +104,10 @@ def difference_table(checkpoint_args: Any, args: Namespace) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in cells)
 
 
+#: What to give where the flag of a setting is not named like it.
+_SET_BY = {"add_position_embedding": "--position-embedding-type"}
+
+
 def check_checkpoint_args(
     checkpoint_args: Any, *, args: Namespace | None = None, fixed_layout: bool = False, version: float = 3.0
 ) -> None:
@@ -113,7 +117,10 @@ def check_checkpoint_args(
     pipeline-parallel sizes must agree too. What may differ is printed as a table.
     """
     args = current_args(args)
-    must = ["num_layers", "hidden_size", "num_attention_heads", "add_position_embedding"]
+    must = ["num_layers", "hidden_size", "num_attention_heads"]
+    rotary = getattr(args, "position_embedding_type", None) == "rope"
+    if not rotary or getattr(checkpoint_args, "position_embedding_type", None) != "rope":
+        must.append("add_position_embedding")  # of rotary positions it says nothing, and may be either
     if getattr(args, "vocab_file", None):
         must += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
         must += ["padded_vocab_size"] if fixed_layout else []
@@ -129,7 +136,7 @@ def check_checkpoint_args(
             f"{name} value from checkpoint ({theirs}) is not equal to the input argument value ({ours})"
             for name, theirs, ours in wrong
         )
-        flags = " ".join(f"--{name.replace('_', '-')}" for name, _, _ in wrong)
+        flags = " ".join(_SET_BY.get(name, f"--{name.replace('_', '-')}") for name, _, _ in wrong)
         fix = f"set {flags} as in the checkpoint, or pass --use-checkpoint-args"
         if getattr(args, "use_checkpoint_args", False):
             fix = f"set {flags} as in the checkpoint, or not at all: --use-checkpoint-args fills in what is not given"

@@ -183,6 +183,17 @@ def test_incompatible_settings_are_all_named(tmp_path: Path) -> None:
         check_checkpoint_args(saved, args=arguments(tmp_path), fixed_layout=True)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_rotary_positions_need_no_word_of_learned_ones(tmp_path: Path, learned: bool) -> None:
+    """v0.9's converters note that there are none, its scripts leave `--no-position-embedding` out, or the other way."""
+    args = arguments(tmp_path, position_embedding_type="rope", add_position_embedding=not learned)
+    saved = Namespace(**{**vars(args), "add_position_embedding": learned})
+    check_checkpoint_args(saved, args=args)
+    saved.position_embedding_type = "learned_absolute"
+    with pytest.raises(CheckpointError, match="set --position-embedding-type as in the checkpoint"):
+        check_checkpoint_args(saved, args=args)
+
+
 @pytest.mark.parametrize("finetune", [False, True])
 def test_differences_are_shown_at_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finetune: bool

@@ -96,18 +96,17 @@ def test_fp32_residual_stream() -> None:
     fp32's.
     """
     ids, positions = batch()
-    outputs = {}
+    outputs, weights = {}, {}
     for name, changes in (
         ("exact", {}),
         ("half", {"bf16": True, "params_dtype": torch.bfloat16}),
         ("wide", {"bf16": True, "params_dtype": torch.bfloat16, "fp32_residual_connection": True}),
     ):
-        get_cuda_rng_tracker().set_states(
-            {"model-parallel-rng": torch.Generator().manual_seed(9).get_state()}
-        )
         model = build(num_layers=2, **PLAIN, **changes).eval()
         if "bf16" in changes:
-            model.bfloat16()
+            model.bfloat16().load_state_dict(weights)
+        else:
+            weights = model.state_dict()
         streams: list[Tensor] = []
         model.decoder.layers[-1].register_forward_hook(lambda *a, s=streams: s.append(a[-1][0]))
         with torch.no_grad():
