@@ -88,10 +88,17 @@ def differences(checkpoint_args: Any, args: Namespace) -> list[tuple[str, Any, A
     """(setting, checkpoint's value, run's value, whether that matters) of every setting that is known to and differs."""
     rows = []
     for name, effect in _EFFECTS.items():
+        if name == "add_position_embedding" and _rotary(checkpoint_args, args):
+            continue
         theirs, ours = getattr(checkpoint_args, name, _ABSENT), getattr(args, name, _ABSENT)
         if theirs is not _ABSENT and ours is not _ABSENT and theirs != ours:
             rows.append((name, theirs, ours, effect))
     return rows
+
+
+def _rotary(checkpoint_args: Any, args: Namespace) -> bool:
+    """Whether both have rotary positions: `add_position_embedding`, which is of learned ones, then says nothing."""
+    return {getattr(each, "position_embedding_type", None) for each in (checkpoint_args, args)} == {"rope"}
 
 
 def difference_table(checkpoint_args: Any, args: Namespace) -> str:
@@ -118,9 +125,8 @@ def check_checkpoint_args(
     """
     args = current_args(args)
     must = ["num_layers", "hidden_size", "num_attention_heads"]
-    rotary = getattr(args, "position_embedding_type", None) == "rope"
-    if not rotary or getattr(checkpoint_args, "position_embedding_type", None) != "rope":
-        must.append("add_position_embedding")  # of rotary positions it says nothing, and may be either
+    if not _rotary(checkpoint_args, args):
+        must.append("add_position_embedding")
     if getattr(args, "vocab_file", None):
         must += ["max_position_embeddings", "make_vocab_size_divisible_by", "tokenizer_type"]
         must += ["padded_vocab_size"] if fixed_layout else []

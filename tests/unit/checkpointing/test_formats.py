@@ -184,11 +184,14 @@ def test_incompatible_settings_are_all_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_rotary_positions_need_no_word_of_learned_ones(tmp_path: Path, learned: bool) -> None:
+def test_rotary_positions_need_no_word_of_learned_ones(
+    tmp_path: Path, learned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     """v0.9's converters note that there are none, its scripts leave `--no-position-embedding` out, or the other way."""
     args = arguments(tmp_path, position_embedding_type="rope", add_position_embedding=not learned)
     saved = Namespace(**{**vars(args), "add_position_embedding": learned})
     check_checkpoint_args(saved, args=args)
+    assert "add_position_embedding" not in capsys.readouterr().out
     saved.position_embedding_type = "learned_absolute"
     with pytest.raises(CheckpointError, match="set --position-embedding-type as in the checkpoint"):
         check_checkpoint_args(saved, args=args)
