@@ -202,18 +202,33 @@ def test_differences_are_shown_at_load(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finetune: bool
 ) -> None:
     """Only what differs, with both values and whether it matters."""
-    run = Run(arguments(tmp_path, data_parallel_size=4, lr=1e-3, norm_epsilon=1e-5, seed=1, clip_grad=1.0))
+    same = {"seed": 1, "clip_grad": 1.0}
+    run = Run(
+        arguments(tmp_path, data_parallel_size=4, lr=1e-3, norm_epsilon=1e-5, moe_grouped_gemm=False, **same)
+    )
     run.step()
     run.save()
     args = arguments(
-        tmp_path, data_parallel_size=1, lr=1e-4, norm_epsilon=1e-6, seed=1, clip_grad=1.0, finetune=finetune
+        tmp_path,
+        data_parallel_size=1,
+        lr=1e-4,
+        norm_epsilon=1e-6,
+        moe_grouped_gemm=True,
+        **same,
+        finetune=finetune,
     )
     Run(args).load()
-    (heading, *rows) = capsys.readouterr().out.partition("differ from this run's:\n")[2].splitlines()[:4]
+    (heading, *rows) = capsys.readouterr().out.partition("differ from this run's:\n")[2].splitlines()[:5]
     assert heading.split() == ["setting", "checkpoint", "this", "run", "does", "it", "matter"]
     assert [row.split(None, 3) for row in rows] == [
         ["norm_epsilon", "1e-05", "1e-06", "yes: same weights, other results"],
         ["data_parallel_size", "4", "1", "no: weights and optimizer are cut anew"],
+        [
+            "moe_grouped_gemm",
+            "False",
+            "True",
+            "in the torch format: weights of experts stand together or one by one",
+        ],
         [
             "lr",
             "0.001",
