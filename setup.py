@@ -55,7 +55,7 @@ setup(
     package_data={"megatron.inference": ["static/*.html"]},
     py_modules=["pretrain_gpt", "pretrain_bert", "pretrain_t5", "pretrain_mamba"],
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",  # 2.7 cannot average over gloo
         "numpy",
         "tqdm",
         "pyyaml",
