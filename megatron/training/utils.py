@@ -15,6 +15,8 @@ from torch import Tensor
 from megatron.core import device, parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8 import weights as fp8_weights
+from megatron.core.optimizer.shard_layout import owned_slices
+from megatron.core.process_groups_config import group_rank
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import Float16Module, param_is_not_shared
 from megatron.training.batch import (
@@ -83,11 +85,7 @@ def calc_params_l2_norm(model: Any) -> float:
     next forward pass, each rank counts what it updated itself.
     """
     chunks = model if isinstance(model, list) else [model]
-    # All chunks of a run gather alike; one without trainable parameters owns nothing.
-    owned: dict[Tensor, slice] | None = None
-    for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            owned = (owned or {}) | chunk.owned_parts()
+    owned = _owned_where_gathered_late(chunks)
     dense: list[Tensor] = []
     expert: list[Tensor] = []
     for chunk in chunks:
@@ -112,6 +110,20 @@ def calc_params_l2_norm(model: Any) -> float:
     else:
         dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
     return total.item() ** 0.5
+
+
+def _owned_where_gathered_late(chunks: Sequence[Any]) -> dict[Tensor, slice] | None:
+    """What this rank updates of each flattened parameter, if the rest is gathered only in the next forward pass.
+
+    All chunks of a run gather alike; one without trainable parameters owns nothing.
+    """
+    late = [c for c in chunks if isinstance(c, DistributedDataParallel) and c.ddp_config.overlap_param_gather]
+    owned: dict[Tensor, slice] = {}
+    for chunk in late:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            rank, ranks = group_rank(buffer.data_parallel_group), buffer.data_parallel_world_size
+            owned |= zip(buffer.params, owned_slices(buffer.layout, rank, ranks))
+    return owned if late else None
 
 
 def _counted_once(param: Tensor) -> slice:

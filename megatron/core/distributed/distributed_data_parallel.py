@@ -24,7 +24,7 @@ from megatron.core.distributed.param_and_grad_buffer import (
 )
 from megatron.core.errors import InvariantError
 from megatron.core.fp8 import weights as fp8_weights
-from megatron.core.process_groups_config import ProcessGroupCollection, group_rank
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import keep_weights_in_fp8
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -286,21 +286,6 @@ class DistributedDataParallel(MegatronModule):
             return
         for group in self._all_bucket_groups():
             group.start_param_sync(force_sync=force_sync)
-
-    def owned_parts(self) -> dict[torch.nn.Parameter, slice]:
-        """The elements of each flattened parameter that this rank updates.
-
-        With `overlap_param_gather` the others are those of the step before until the next forward pass.
-        """
-        parts = {}
-        for buffer in self._all_buffers():
-            for param, (start, end, index) in buffer.param_index_map.items():
-                bucket = buffer.layout.buckets[index]
-                share = bucket.numel // buffer.data_parallel_world_size
-                first = bucket.start + share * group_rank(buffer.data_parallel_group)
-                low = max(start, first)
-                parts[param] = slice(low - start, max(low, min(end, first + share)) - start)
-        return parts
 
     def broadcast_params(self) -> None:
         """Give all replicas the parameters of the first one. All ranks must call."""

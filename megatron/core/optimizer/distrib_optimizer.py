@@ -44,7 +44,7 @@ class OwnedPiece:
     @property
     def flat_slice(self) -> slice:
         """The part, counted in the flattened parameter."""
-        return slice(self.place.in_param.start, self.place.in_param.end)
+        return self.place.in_param.as_slice
 
     def of_model(self) -> Tensor:
         """The part's values in the model, 1-D: a view, or what its fp8 numbers stand for."""
@@ -111,7 +111,7 @@ class DistributedOptimizer(ParameterStateFormats, MixedPrecisionOptimizer):
 
     @staticmethod
     def _own(param: torch.nn.Parameter, place: Piece) -> OwnedPiece:
-        part = fp8_weights.values_of(param).view(-1)[place.in_param.start : place.in_param.end]
+        part = fp8_weights.values_of(param).view(-1)[place.in_param.as_slice]
         return OwnedPiece(
             param, place, main_copy(param, part.clone().float() if _has_main_copy(param) else part)
         )

@@ -19,6 +19,11 @@ class Range:
         """Number of elements."""
         return self.end - self.start
 
+    @property
+    def as_slice(self) -> slice:
+        """The same elements as an index."""
+        return slice(self.start, self.end)
+
     def normalize(self, start: int = 0) -> Range:
         """The range of the same length that begins at `start`."""
         return Range(start, start + self.size)
@@ -94,3 +99,12 @@ def plan_shards(layout: BufferLayout, rank: int, data_parallel_size: int) -> tup
                 )
         shards.append(BucketShard(shard, tuple(pieces)))
     return tuple(shards)
+
+
+def owned_slices(layout: BufferLayout, rank: int, data_parallel_size: int) -> list[slice]:
+    """What part number `rank` holds of each flattened parameter, in the order of the slots; empty slices of others' own."""
+    owned = [slice(0)] * len(layout.slots)
+    for shard in plan_shards(layout, rank, data_parallel_size):
+        for piece in shard.pieces:
+            owned[piece.param] = piece.in_param.as_slice
+    return owned

@@ -90,11 +90,17 @@ def _experts(w: Workload, rows: float, held: float) -> list[Work]:
     return [dispatch, *_mlp(w, rows * w.topk, routed, "expert ")]
 
 
+def _projection(name: str, w: Workload, rows: float, fp8: bool) -> Work:
+    """Of the heads' outputs back to the hidden state."""
+    inner = w.heads * w.head / w.tp
+    kept = row_input(w, rows * inner, fp8, needed=w.attention == "flash")
+    return row(name, w, rows, inner, w.hidden, kept, fp8)
+
+
 def attention_part(w: Workload, *, decoder: bool, cross: bool = False, fp8: bool = False) -> list[Work]:
     """Norm, self-attention, residual; `cross`: and the same with attention to an encoder's output."""
     rows, keys = (w.decoder_tokens, w.decoder_seq) if cross else (w.tokens, w.seq)
     held, e = rows * w.replicated, w.bytes
-    inner = w.heads * w.head / w.tp
     per_token = (w.heads + 2 * w.groups) * w.head / w.tp
     rotated = rows * (w.heads / w.tp + w.keyed_heads) * w.head * e if w.rope else 0.0
     copied = rows * w.heads / w.tp * w.head * e if w.groups < w.heads and not w.rope else 0.0
@@ -109,15 +115,7 @@ def attention_part(w: Workload, *, decoder: bool, cross: bool = False, fp8: bool
             kept=rows * per_token * e + rotated + copied,
         ),
         _attention(w, rows, keys, keys, causal),
-        row(
-            "proj",
-            w,
-            rows,
-            inner,
-            w.hidden,
-            kept=row_input(w, rows * inner, fp8, needed=w.attention == "flash"),
-            fp8=fp8,
-        ),
+        _projection("proj", w, rows, fp8),
         join(w, held),
     ]
     return works + _cross_attention(w, rows, keys, fp8) if cross else works
@@ -140,15 +138,7 @@ def _cross_attention(w: Workload, rows: float, queries: int, fp8: bool) -> list[
         ),
         column("cross kv", w, w.tokens, w.hidden, 2 * inner, kept=source + 2 * w.tokens * inner * e, fp8=fp8),
         _attention(w, rows, queries, w.seq, False),
-        row(
-            "cross proj",
-            w,
-            rows,
-            inner,
-            w.hidden,
-            kept=row_input(w, rows * inner, fp8, needed=w.attention == "flash"),
-            fp8=fp8,
-        ),
+        _projection("cross proj", w, rows, fp8),
         join(w, held),
     ]
 

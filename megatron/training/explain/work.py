@@ -7,7 +7,7 @@ operations keep it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron.training.explain.workload import Workload
@@ -64,17 +64,16 @@ def column(
 ) -> Work:
     """A column-parallel linear: gathers its input's tokens, or sums its input's gradient."""
     whole = rows * inputs * w.bytes if w.tp > 1 else 0.0
-    weights = inputs * outputs
-    return Work(
-        name,
-        gemms=(Gemm(rows, outputs, inputs),),
-        kept=kept,
-        gathered=whole if w.sequence_parallel else 0.0,
-        gathered_behind=2 * whole,  # gather again and reduce-scatter, or an all-reduce
-        moved=_quantising(w, rows * inputs) if fp8 else 0.0,
-        # The weight gradient is added to its accumulator.
-        moved_back=2 * weights * w.gradient_bytes + (_quantising(w, rows * outputs) if fp8 else 0.0),
-        operand_bytes=1 if fp8 else None,
+    return _linear(
+        Work(
+            name,
+            kept=kept,
+            gathered=whole if w.sequence_parallel else 0.0,
+            gathered_behind=2 * whole,  # gather again and reduce-scatter, or an all-reduce
+        ),
+        w,
+        Gemm(rows, outputs, inputs),
+        fp8,
     )
 
 
@@ -83,15 +82,28 @@ def row(
 ) -> Work:
     """A row-parallel linear: sums its output over the ranks."""
     whole = rows * outputs * w.bytes if w.tp > 1 else 0.0
-    weights = inputs * outputs
-    return Work(
-        name,
-        gemms=(Gemm(rows, outputs, inputs),),
-        kept=kept,
-        gathered=whole if w.sequence_parallel else 2 * whole,
-        gathered_back=whole if w.sequence_parallel else 0.0,
+    return _linear(
+        Work(
+            name,
+            kept=kept,
+            gathered=whole if w.sequence_parallel else 2 * whole,
+            gathered_back=whole if w.sequence_parallel else 0.0,
+        ),
+        w,
+        Gemm(rows, outputs, inputs),
+        fp8,
+    )
+
+
+def _linear(transfers: Work, w: Workload, gemm: Gemm, fp8: bool) -> Work:
+    """The operation with what a linear of either kind does on its rank: a product, and passes over its operands."""
+    rows, outputs, inputs, _ = gemm
+    return replace(
+        transfers,
+        gemms=(gemm,),
         moved=_quantising(w, rows * inputs) if fp8 else 0.0,
-        moved_back=2 * weights * w.gradient_bytes + (_quantising(w, rows * outputs) if fp8 else 0.0),
+        # The weight gradient is added to its accumulator.
+        moved_back=2 * inputs * outputs * w.gradient_bytes + (_quantising(w, rows * outputs) if fp8 else 0.0),
         operand_bytes=1 if fp8 else None,
     )
 

@@ -237,9 +237,6 @@ class T5Model(LanguageModule):
         weight.
         """
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        for kind in ("weight", "bias"):  # the output layer has two names, and is padded as the vocabulary
-            if (name := f"{prefix}lm_head.output_layer.{kind}") in sharded:
-                sharded[name].allow_shape_mismatch = True
         copies: list[str] = []
         if self.pre_process and parallel_state.resolve(self.pg_collection).rank("pp") > 0:
             copies += ["embedding.", "position_embeddings."]

@@ -166,21 +166,19 @@ class LanguageModule(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """As every module's; output weight and bias may be padded differently in the file, like the
-        vocabulary.
+        """As every module's; output weight and bias, under each name they have, may be padded differently in the file,
+        like the vocabulary.
         """
         if sharded_offsets:
             raise InvariantError("sharded_offsets", "a whole model has no stacked axes", "leave it empty")
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         embedding_key = f"{prefix}embedding.word_embeddings.weight"
         weight_key = f"{prefix}output_layer.weight"
-        bias_key = f"{prefix}output_layer.bias"
         if self.share_embeddings_and_output_weights:
             self.tie_embeddings_and_output_weights_state_dict(sharded, weight_key, embedding_key)
-        elif weight_key in sharded:
-            sharded[weight_key].allow_shape_mismatch = True
-        if self.post_process and bias_key in sharded:
-            sharded[bias_key].allow_shape_mismatch = True
+        for key, piece in sharded.items():
+            if key.endswith(("output_layer.weight", "output_layer.bias")):
+                piece.allow_shape_mismatch = True
         return sharded
 
     def tie_embeddings_and_output_weights_state_dict(
