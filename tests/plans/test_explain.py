@@ -310,6 +310,19 @@ def test_combination_of_the_published_script_is_explained_and_named() -> None:
     assert "174,615,846,912 parameters" in text
 
 
+def test_a_step_without_an_order_is_refused_as_by_the_run() -> None:
+    """16 samples are 8 micro-batches of 2, 6 samples are 3: no groups of one for each of two stages."""
+    words = (
+        TINY + "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --world-size 2 "
+    )
+    assert of(words).workload.microbatches == 8
+    with pytest.raises(FlagError, match=r"--global-batch-size.*groups of 2.* Fix: "):
+        of(words + "--global-batch-size 6")
+    ramp = "--train-samples 100 --rampup-batch-size 4 2 50 "
+    text = text_of(words.replace("--train-iters 10 ", ramp))
+    assert "this command will not start: --num-layers-per-virtual-pipeline-stage" in text
+
+
 def test_what_does_not_fit_is_said() -> None:
     shallow = GPT3.replace("--pipeline-model-parallel-size 16", "--pipeline-model-parallel-size 4")
     assert "does not fit: " in text_of(shallow + "--world-size 1024")

@@ -154,6 +154,22 @@ def test_fp8_parameters_need_own_layers_where_transformer_engine_is_installed(
     assert "--fp8-param-gather, --transformer-impl" in message
 
 
+def test_only_batches_that_a_ramp_up_takes_must_fit(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 4 to 16 in six steps of 2 over 10 samples: 4, then 8 (4 samples are past two of the six steps), then 16."""
+    words = (
+        "-train-iters --train-samples 100 --global-batch-size 16 --pipeline-model-parallel-size 2 "
+        "--num-layers-per-virtual-pipeline-stage 1 --rampup-batch-size 4 2 "
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resolve(command_line(words + "10"))
+    # Over 60 samples each step of 2 comes in its turn, and the second step's 3 micro-batches are no groups of 2.
+    message = refused(command_line(words + "60"), "cpu", 2)
+    assert "--num-layers-per-virtual-pipeline-stage" in message and "--rampup-batch-size" in message
+    assert "start from and rise by multiples" in message
+
+
 @pytest.mark.parametrize("bad", OTHERS)
 def test_other_bad_command_lines_are_refused(bad: str, refused: Callable[..., str]) -> None:
     words, _, world_size = bad.partition(" @")

@@ -14,6 +14,7 @@ from megatron.core.kernels import capability, registry
 from megatron.core.kernels.capability import Capabilities
 from megatron.training.arguments import parse_args, validate_for_training
 from megatron.training.config import build, rules
+from megatron.training.config.rules import loop
 from megatron.training.explain import hardware, inventory, memory, parameters, steptime, traffic
 from megatron.training.explain.command import Command, understand
 from megatron.training.explain.hardware import DeviceProfile
@@ -164,6 +165,8 @@ def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[
     args.notices += rules.unread_by(_MODELS[command.script], args)
     # Which is read here, whatever the tokenizer, where its files are missing.
     args.args_given = [name for name in args.args_given if name != "vocab_size"]
+    # Without an order of the micro batches there is no step to explain; what else stops the command is only said.
+    rules.check(args, [rule for rule in rules.TRAINING if rule.holds is loop.interleaved_micro_batches_group])
     try:
         validate_for_training(args)
     except FlagError as error:

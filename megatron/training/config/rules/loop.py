@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.flags import rule
+from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 from megatron.training.config.rules.base import TRAINING
 from megatron.training.config.rules.layout import layer_stages, stack_depth
 from megatron.training.config.rules.run import data_sources
+
+
+def batches_on_the_way(args: Any) -> Iterable[int]:
+    """Samples of each step that a batch ramp-up takes, up to the first that would take none."""
+    if args.rampup_batch_size is None or not args.train_samples:
+        return
+    start, increment, samples = map(int, args.rampup_batch_size)
+    sizes = (args.global_batch_size, args.micro_batch_size, args.data_parallel_size)
+    ramp = RampupBatchsizeNumMicroBatchesCalculator(
+        *sizes, args.decrease_batch_size_if_needed, -1, start, increment, samples
+    )
+    consumed = 0
+    while consumed <= min(samples, args.train_samples):
+        ramp.update(consumed, consistency_check=False)
+        batch = ramp.get_current_running_global_batch_size()
+        yield batch
+        if batch == 0:
+            return
+        consumed += batch
+
+
+def in_whole_groups(args: Any, batch: int) -> bool:
+    """Whether an interleaved pipeline has an order for a step of this many samples."""
+    micro_batches = batch // (args.micro_batch_size * args.data_parallel_size)
+    interleaved = (args.virtual_pipeline_model_parallel_size or 1) > 1
+    return not interleaved or micro_batches % args.pipeline_model_parallel_size == 0
 
 
 # fmt: off
@@ -115,6 +143,17 @@ def micro_batches_divide_the_batch(args: Any) -> bool:
     return args.global_batch_size % (args.micro_batch_size * args.data_parallel_size) == 0
 
 
+@rule(TRAINING, "--num-layers-per-virtual-pipeline-stage", "--pipeline-model-parallel-size", "--global-batch-size",
+      bad="--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 6",
+      why="an interleaved pipeline takes its micro batches in groups of {a.pipeline_model_parallel_size}, one for each "
+          "stage, and {a.global_batch_size} samples in micro batches of {a.micro_batch_size} on each of "
+          "{a.data_parallel_size} replicas are no whole groups",
+      fix="make the batch a multiple of micro batch x replicas x pipeline size, or drop "
+          "--num-layers-per-virtual-pipeline-stage")
+def interleaved_micro_batches_group(args: Any) -> bool:
+    return in_whole_groups(args, args.global_batch_size)
+
+
 @rule(TRAINING, "--rampup-batch-size", bad="-train-iters --train-samples 100 --rampup-batch-size 8 8",
       why="it takes three numbers: start, increment and samples", fix="give all three")
 def ramp_up_has_three_numbers(args: Any) -> bool:
@@ -132,6 +171,28 @@ def ramp_up_arrives(args: Any) -> bool:
     start, increment, samples = map(int, args.rampup_batch_size)
     rise = args.global_batch_size - start
     return start > 0 and increment > 0 and samples > 0 and rise > 0 and rise % increment == 0
+
+
+@rule(TRAINING, "--rampup-batch-size", "--micro-batch-size",
+      bad="-train-iters --train-samples 100 --rampup-batch-size 4 1 50 --global-batch-size 8",
+      why="on the way there are batches that cannot be cut into micro batches of {a.micro_batch_size} on each of "
+          "{a.data_parallel_size} replicas",
+      fix="start from and rise by multiples of micro batch x replicas, or start from one at least and add "
+          "--decrease-batch-size-if-needed")
+def micro_batches_divide_the_ramp_up(args: Any) -> bool:
+    unit = args.micro_batch_size * args.data_parallel_size
+    return all(batch > 0 and batch % unit == 0 for batch in batches_on_the_way(args))
+
+
+@rule(TRAINING, "--num-layers-per-virtual-pipeline-stage", "--pipeline-model-parallel-size", "--rampup-batch-size",
+      bad="-train-iters --train-samples 100 --rampup-batch-size 4 2 50 --global-batch-size 8 "
+          "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+      why="an interleaved pipeline takes its micro batches in groups of {a.pipeline_model_parallel_size}, one for each "
+          "stage, and on the way there are batches that are no whole groups",
+      fix="start from and rise by multiples of micro batch x replicas x pipeline size, or drop "
+          "--num-layers-per-virtual-pipeline-stage")
+def interleaved_micro_batches_group_on_the_way(args: Any) -> bool:
+    return all(in_whole_groups(args, batch) for batch in batches_on_the_way(args))
 
 
 @rule(TRAINING, "--mock-data", "--data-path", bad="-mock-data", why="there is nothing to train on",
