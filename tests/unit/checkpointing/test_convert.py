@@ -48,6 +48,12 @@ def _model(directory: Path, rank: str = "mp_rank_00") -> dict[str, torch.Tensor]
     return {n: v for n, v in weights.items() if isinstance(v, torch.Tensor)}
 
 
+def _noted(directory: Path) -> Any:
+    """The arguments in a checkpoint's files."""
+    path, *_ = directory.glob("*/mp_rank_00*/model_optim_rng.pt")
+    return load_file(path)["args"]
+
+
 def _assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
@@ -74,6 +80,8 @@ def test_merging_gives_the_recorded_whole(
 ) -> None:
     _convert(kind, "mcore", "mcore", recorded / model / source, tmp_path / "out", *_sizes(1, 1))
     _assert_same(_model(tmp_path / "out"), _model(recorded / model / "tp1pp1"))
+    # The recorded Llama was trained without --no-position-embedding; v0.9's saver keeps what the source notes.
+    assert _noted(tmp_path / "out").add_position_embedding is True
 
 
 @pytest.mark.parametrize(("model", "kind"), [("gpt", "GPT"), ("llama", "GPT"), ("bert", "BERT")])
@@ -287,6 +295,8 @@ def test_from_huggingface_and_back(tmp_path: Path, kind: str, changes: dict[str,
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     _convert("GPT", "hf", "mcore", tmp_path / "hf", tmp_path / "cut", *_sizes(2, 2))
     assert (tmp_path / "cut" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+    # As v0.9's Mixtral loader notes it, and its scripts for rotary models, with --no-position-embedding, expect it.
+    assert _noted(tmp_path / "cut").add_position_embedding is (kind == "GPT2")
     options = ["--hf-model-type", "mistral"] if kind == "Mistral" else []
     _convert("GPT", "mcore", "hf", tmp_path / "cut", tmp_path / "back", *options)
     assert (tmp_path / "back" / "tokenizer.json").exists()
