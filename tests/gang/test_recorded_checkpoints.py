@@ -100,13 +100,27 @@ def test_recorded_weights_in_the_older_format(
         assert np.abs(result["logits"] - expected).max() <= 1e-5
 
 
-def test_recorded_grouped_experts(unpacked: Path) -> None:
-    """The grouped product is for bfloat16 alone, in which a few tokens go to another expert: means are compared."""
-    cli = [*recorded.command_line("moe", "grouped"), "--load", str(unpacked / "moe" / "grouped"), "--bf16"]
-    (result,) = run_gang(1, recorded.run, "moe", [*cli, "--no-load-optim"])
+@pytest.mark.parametrize(("layout", "world"), [("grouped", 1), ("tp1pp2ep2", 4)])
+def test_recorded_grouped_experts(unpacked: Path, layout: str, world: int) -> None:
+    """The grouped product is for bfloat16 alone, in which a few tokens go to another expert: means are compared.
+
+    Saved by a run with --moe-grouped-gemm, or by one without it.
+    """
+    cli = [*recorded.command_line("moe", layout), "--load", str(unpacked / "moe" / layout), "--bf16"]
+    cli += [] if layout == "grouped" else ["--moe-grouped-gemm"]
+    *_, result = run_gang(world, recorded.run, "moe", [*cli, "--no-load-optim"])
     expected = np.load(recorded.GOLDEN / "moe" / "expected.npz")
     assert np.abs(result["logits"] - expected["logits"]).mean() < 1e-2
     assert _losses(result)[0]["loss"] == pytest.approx(float(expected["loss"]), rel=2e-3)
+
+
+def test_recorded_experts_one_by_one_of_such_that_stand_together(unpacked: Path) -> None:
+    """The recorded numbers again: a run without --moe-grouped-gemm takes over what one with it saved."""
+    cli = [*recorded.command_line("moe", "tp1pp1"), "--load", str(unpacked / "moe" / "grouped")]
+    (result,) = run_gang(1, recorded.run, "moe", [*cli, "--no-load-optim"])
+    expected = np.load(recorded.GOLDEN / "moe" / "expected.npz")
+    assert np.abs(result["logits"] - expected["logits"]).max() <= 1e-5
+    _compare_norms("moe", "tp1pp1", result)
 
 
 def _compare_norms(model: str, layout: str, result: dict[str, Any]) -> None:

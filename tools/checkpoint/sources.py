@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron.core.dist_checkpointing.safe_load import load_file
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.resharding import Box
 from megatron.core.errors import CheckpointError
+from megatron.training.checkpointing.experts import expert_tensors
 from megatron.training.checkpointing.layout import read_tracker
 from megatron.training.checkpointing.legacy import adapt_weights, is_nested_layout
 from tools.checkpoint import names
@@ -162,23 +164,10 @@ class TorchSource:
 
 def _experts(ranks: list[dict[str, Any]], name: str, saved: Namespace) -> torch.Tensor | None:
     """The experts' copies of a tensor, over expert-parallel ranks, as [experts, out, in]."""
-    single = name.replace(".mlp.", ".mlp.experts.local_experts.{}.")
-    number = 1 if ".linear_fc1." in name else 2
-    grouped = name.replace(f".mlp.linear_fc{number}.weight", f".mlp.experts.weight{number}")
-    fused = name.replace(".mlp.", ".mlp.experts.") + "{}"
-    found: list[torch.Tensor] = []
-    for weights in ranks:
-        for pattern in (single, fused):
-            local = 0
-            while pattern.format(local) in weights:
-                found.append(weights[pattern.format(local)])
-                local += 1
-        if grouped != name and grouped in weights:
-            experts = saved.num_experts // len(ranks)
-            matrix = weights[grouped]
-            shape = (experts, saved.hidden_size, -1) if number == 1 else (experts, -1, saved.hidden_size)
-            found += list(matrix.view(shape).transpose(1, 2))
-    return torch.stack(found) if found else None
+    prefix, leaf = name.split(".mlp.")
+    local = (saved.num_experts or 0) // len(ranks)
+    found = [expert_tensors(weights, f"{prefix}.mlp.experts.", leaf, local)[1] for weights in ranks]
+    return torch.stack([*chain.from_iterable(found)]) if all(found) else None
 
 
 class DistributedSource:

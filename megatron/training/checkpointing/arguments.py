@@ -51,7 +51,7 @@ _EFFECTS = {
     **dict.fromkeys(_ARCHITECTURE, "yes: another model"),
     **dict.fromkeys(_ARITHMETIC, "yes: same weights, other results"),
     **dict.fromkeys(_LAYOUT, "no: weights and optimizer are cut anew"),
-    "moe_grouped_gemm": "in the torch format: weights of experts stand together or one by one",
+    "moe_grouped_gemm": "for the optimizer in the torch format: its state is of experts in one form",
     "optimizer": "yes: the saved state is another optimizer's",
     **dict.fromkeys(
         _SCHEDULE, "an --override- or --use-checkpoint-opt_param-scheduler flag says which holds"

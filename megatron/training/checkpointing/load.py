@@ -23,6 +23,7 @@ from megatron.training.checkpointing.arguments import (
     difference_table,
     say_differences,
 )
+from megatron.training.checkpointing.experts import rearranged_experts
 from megatron.training.checkpointing.layout import (
     OPTIMIZER_FILE,
     Tracked,
@@ -95,12 +96,12 @@ def load_checkpoint(
     release = source.tracked.release
     iteration = _iteration(state, source, args)
     _restore_counters(state, args)
-    _load_weights(state, chunks, strict, args)
+    moved = _load_weights(state, chunks, strict, args)
     if release or args.finetune or args.no_load_optim:
         if optimizer is not None and (args.fp16 or args.bf16):
             optimizer.reload_model_params()
     else:
-        _load_optimizer(state, source, optimizer, opt_param_scheduler, args)
+        _load_optimizer(state, source, optimizer, opt_param_scheduler, args, moved)
     if not (release or args.finetune or args.no_load_rng):
         _load_rng(state, args)
     barrier()
@@ -289,7 +290,9 @@ def _restore_counters(state: dict[str, Any], args: Namespace) -> None:
     update_num_microbatches(consumed_samples=args.consumed_train_samples, verbose=True)
 
 
-def _load_weights(state: dict[str, Any], chunks: list[Any], strict: bool, args: Namespace) -> None:
+def _load_weights(state: dict[str, Any], chunks: list[Any], strict: bool, args: Namespace) -> bool:
+    """Returns whether weights of experts had to be put into another form."""
+    moved = False
     heads = args.num_attention_heads // mpu.get_tensor_model_parallel_world_size()
     version = state.get("checkpoint_version", 0)
     with together():
@@ -300,11 +303,15 @@ def _load_weights(state: dict[str, Any], chunks: list[Any], strict: bool, args: 
                 raise IncompatibleCheckpointError(
                     "checkpoint", why, "use the checkpoint's --num-layers-per-virtual-pipeline-stage"
                 )
-            weights = adapt_weights(state[name], chunk.state_dict(), version, heads)
+            wanted = chunk.state_dict()
+            weights = adapt_weights(state[name], wanted, version, heads)
+            fitting = rearranged_experts(weights, wanted)
+            moved = moved or fitting is not weights
             try:
-                chunk.load_state_dict(weights, strict=strict)
+                chunk.load_state_dict(fitting, strict=strict)
             except RuntimeError as error:
                 raise _mismatch(error, state.get("args"), args) from error
+    return moved
 
 
 def _mismatch(error: RuntimeError, checkpoint_args: Any, args: Namespace) -> CheckpointError:
@@ -318,7 +325,12 @@ def _mismatch(error: RuntimeError, checkpoint_args: Any, args: Namespace) -> Che
 
 
 def _load_optimizer(
-    state: dict[str, Any], source: Source, optimizer: Any, opt_param_scheduler: Any, args: Namespace
+    state: dict[str, Any],
+    source: Source,
+    optimizer: Any,
+    opt_param_scheduler: Any,
+    args: Namespace,
+    experts_moved: bool,
 ) -> None:
     if "optimizer" not in state and getattr(state.get("args"), "no_save_optim", None):
         say("the checkpoint was saved with --no-save-optim: the optimizer starts afresh")
@@ -331,6 +343,9 @@ def _load_optimizer(
         if optimizer is not None:
             if "optimizer" not in state:
                 raise IncompatibleCheckpointError(str(source.path), "it holds no optimizer state", fix)
+            if experts_moved:
+                why = "its optimizer state is of experts in another form (--moe-grouped-gemm) than this run's"
+                raise IncompatibleCheckpointError(str(source.path), why, fix)
             try:
                 optimizer.load_state_dict(state["optimizer"])
             except (KeyError, ValueError, TypeError) as error:

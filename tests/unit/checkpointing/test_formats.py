@@ -227,7 +227,7 @@ def test_differences_are_shown_at_load(
             "moe_grouped_gemm",
             "False",
             "True",
-            "in the torch format: weights of experts stand together or one by one",
+            "for the optimizer in the torch format: its state is of experts in one form",
         ],
         [
             "lr",
