@@ -14,6 +14,9 @@ from megatron.core import device
 from megatron.core.tensor_parallel.placement import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
+_IN_CACHE = 1 << 18
+"""Numbers that are widened at a time: 2 MB of float64, what stays in a cache between two operations."""
+
 
 def all_reduce(value: Tensor, op: dist.ReduceOp.RedOpType, group: ProcessGroup | None) -> None:
     """Reduce in place over the group, None being the whole world; a lone process has nothing to reduce."""
@@ -37,15 +40,27 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of squared elements over this rank's tensors, a float64 scalar on the tensors' device.
 
     Accumulated in float64, so that the result does not depend on how the elements are spread over tensors and ranks
-    (up to about 1e-15) and every layout clips by the same factor.
+    (up to 1e-13, on a CPU to the last digit or two) and every layout clips by the same factor.
     """
     filled = [tensor for tensor in tensors if tensor.numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64, device=device.current())
+    if all(tensor.device.type == "cpu" for tensor in filled):
+        return _sum_of_squares_in_cache(filled)
     norms: list[Tensor] = []
     for _, same in groupby(filled, key=lambda tensor: tensor.dtype):
         norms += torch._foreach_norm(list(same), 2.0, dtype=torch.float64)
     return torch.stack(norms).square_().sum()
+
+
+def _sum_of_squares_in_cache(tensors: Sequence[Tensor]) -> Tensor:
+    """The same in pieces that are widened in a core's cache: main memory is read once, and nothing written to it."""
+    wide = torch.empty(min(_IN_CACHE, max(tensor.numel() for tensor in tensors)), dtype=torch.float64)
+    sums: list[Tensor] = []
+    for tensor in tensors:
+        for piece in tensor.detach().reshape(-1).split(_IN_CACHE):
+            sums.append(wide[: piece.numel()].copy_(piece).square_().sum())
+    return torch.stack(sums).sum()
 
 
 def grad_norm_tensor(
