@@ -11,7 +11,7 @@ import grimp
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-ROOTS = ("megatron.core", "megatron.training", "megatron.inference", "tasks")
+ROOTS = ("megatron.core", "megatron.training", "megatron.inference", "megatron.legacy", "tasks")
 
 
 @pytest.fixture(scope="module")

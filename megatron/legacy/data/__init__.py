@@ -1,0 +1,1 @@
+"""Loading of data by its older addresses."""

@@ -1,0 +1,73 @@
+"""Programs derived from v0.9's: their entry scripts train as ours do, and what they import of its first stack is there."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from megatron.core.errors import FlagError
+from tests.gang.harness import run_gang
+from tests.runs import pretraining
+
+FLAGS = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --lr 1e-2 "
+    "--micro-batch-size 2 --global-batch-size 8 --train-iters 2 --mock-data --tokenizer-type NullTokenizer "
+    "--vocab-size 127 --eval-iters 1 --eval-interval 2 --log-interval 1 --timing-log-level 2 --num-workers 0"
+)
+LAYOUTS = [
+    (4, "--tensor-model-parallel-size 2 --sequence-parallel --use-distributed-optimizer"),
+    pytest.param(1, "", marks=pytest.mark.slow),
+    pytest.param(
+        4,
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --context-parallel-size 2 --bf16",
+        marks=pytest.mark.slow,
+    ),
+]
+#: What programs import, by address.
+NAMES = {
+    "megatron.legacy.model": "GPTModel BertModel T5Model Float16Module",
+    "megatron.legacy.model.gpt_model": "GPTModel",
+    "megatron.legacy.model.bert_model": "BertModel",
+    "megatron.legacy.model.t5_model": "T5Model",
+    "megatron.legacy.model.module": "MegatronModule Float16Module param_is_not_shared fp32_to_float16 float16_to_fp32",
+    "megatron.legacy.data.data_samplers": "build_pretraining_data_loader MegatronPretrainingSampler "
+    "MegatronPretrainingRandomSampler RandomSeedDataset",
+    "megatron.legacy.fused_kernels": "load",
+}
+
+
+def steps(world: int, words: list[str], script: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step, of the last rank."""
+    *_, rows = run_gang(world, pretraining.records, words, script)
+    return [(row["lm loss"], row["grad_norm"]) for row in rows if row["kind"] == "train"]
+
+
+@pytest.mark.parametrize(("world", "more"), LAYOUTS)
+def test_a_derived_script_trains_as_ours(world: int, more: str) -> None:
+    words = [*FLAGS.split(), *more.split()]
+    ours = steps(world, words, "pretrain_gpt")
+    assert len(ours) == 2 and steps(world, words, "tests.runs.derived_script") == ours
+
+
+@pytest.mark.parametrize("address", NAMES)
+def test_names_of_the_first_generation_are_found(address: str) -> None:
+    module = importlib.import_module(address)
+    assert all(hasattr(module, name) for name in NAMES[address].split())
+
+
+@pytest.mark.parametrize("name", ["GPTModel", "BertModel", "T5Model"])
+def test_models_of_the_first_generation_are_refused_by_name(name: str) -> None:
+    model = getattr(importlib.import_module("megatron.legacy.model"), name)
+    with pytest.raises(FlagError, match=f"--use-legacy-models.*{name}"):
+        model(None, num_tokentypes=0, parallel_output=True)
+
+
+def test_modules_are_those_of_today() -> None:
+    """Programs unwrap models by class, and name the parameters of other ranks by function."""
+    older, newer = (
+        importlib.import_module(address)
+        for address in ("megatron.legacy.model.module", "megatron.core.transformer.module")
+    )
+    assert older.Float16Module is newer.Float16Module
+    assert older.param_is_not_shared is newer.param_is_not_shared
