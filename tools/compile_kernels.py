@@ -43,6 +43,7 @@ from megatron.core.kernels.triton import (
     multi_tensor,
     norm,
     rope,
+    state_space,
 )
 
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes one block may use
@@ -167,6 +168,13 @@ def training_shapes(dtype: torch.dtype, heads: tuple[int, ...]) -> dict[str, Cal
         q, k = t(256, 1, 4, width), t(256, 1, 2, width)
         backward(attention.attention(q, k, t(256, 1, 2, width), causal=True, scale=0.1, dropout_p=drop))
 
+    def scan(width: int, state: int) -> None:
+        inputs = (t(1, 256, 4, width), t(1, 256, 4, kind=torch.float32), t(4, kind=torch.float32))
+        shared = (t(1, 256, 2, state), t(1, 256, 2, state))
+        backward(
+            state_space.state_space_scan(*inputs, *shared, 128, t(1, 4, width, state, kind=torch.float32))
+        )
+
     def lists() -> list[list[Tensor]]:
         return [[t(4096, kind=torch.float32).detach()] for _ in range(4)]
 
@@ -223,6 +231,9 @@ def training_shapes(dtype: torch.dtype, heads: tuple[int, ...]) -> dict[str, Cal
     for width in heads if dtype != torch.float32 else ():
         table[f"attention_{width}"] = lambda w=width: attend(w, 0.0)
         table[f"attention_{width}_dropout"] = lambda w=width: attend(w, 0.1)
+    # So it does the state-space scan.
+    for width, state in ((64, 128), (128, 128)) if dtype != torch.float32 else ():
+        table[f"state_space_scan_{width}_{state}"] = lambda w=width, n=state: scan(w, n)
     if dtype == torch.float32:
         table["l2_norm"] = lambda: multi_tensor.l2_norm(lists()[0]) and None
         table["scale"] = lambda: multi_tensor.scale(lists()[0], lists()[1], 0.5) and None

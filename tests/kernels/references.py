@@ -164,6 +164,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor | No
     return torch.einsum("bhij,jbhd->ibhd", probs, v).reshape(q.shape[0], q.shape[1], -1)
 
 
+def state_space_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x [b, s, np, hn], dt [b, s, np], A [np], B, C [b, s, ng, n], state [b, np, hn, n]: position by position."""
+    share = x.shape[2] // B.shape[2]
+    B, C = (t.repeat_interleave(share, dim=2) for t in (B, C))
+    rows = []
+    for t in range(x.shape[1]):
+        added = (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t, :, None, :]
+        state = torch.exp(dt[:, t] * A)[..., None, None] * state + added
+        rows.append((state * C[:, t, :, None, :]).sum(-1))
+    return torch.stack(rows, dim=1), state
+
+
 @dataclass(frozen=True)
 class AttentionCase:
     """One shape and restriction of attention."""

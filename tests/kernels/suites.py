@@ -363,6 +363,70 @@ def _lists(dtype: torch.dtype, device: str, seed: int) -> list[Tensor]:
     ]
 
 
+def _scanned(
+    dtype: torch.dtype, device: str, batch: int, length: int, heads: int, width: int, groups: int, state: int
+) -> list[Tensor]:
+    """x, dt, A, B, C and a first state; dt and states are wide as in a model."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return [
+        noise(batch, length, heads, width, seed=1, dtype=dtype, device=device),
+        noise(batch, length, heads, seed=2, dtype=wide, device=device).exp() * 0.1,
+        -noise(heads, seed=3, dtype=wide, device=device).exp(),
+        noise(batch, length, groups, state, seed=4, dtype=dtype, device=device),
+        noise(batch, length, groups, state, seed=5, dtype=dtype, device=device),
+        noise(batch, heads, width, state, seed=6, dtype=wide, device=device),
+    ]
+
+
+@suite("state_space_scan", "values")
+def _state_space_scan(run: Implementation, dtype: torch.dtype, device: str) -> None:
+    """Errors in shares of the plain tolerance: 0.02 to 0.3; of A, whose gradient is a sum that cancels, up to 2.8.
+
+    With bf16 operands 0.1 to 0.3; the interpreter, which cuts them off instead of rounding them: 0.6.
+    """
+    for *sizes, chunk in ((2, 1, 2, 8, 1, 4, 128), (2, 23, 6, 5, 3, 7, 12), (1, 130, 2, 33, 2, 17, 128)):
+        inputs = _scanned(dtype, device, *sizes)
+        check(lambda *i, c=chunk: run(*i[:5], c, i[5]), ref.state_space_scan, inputs, dtype, slack=4)
+
+
+@suite("state_space_scan", "strides_and_no_state")
+def _state_space_scan_strides(run: Implementation, dtype: torch.dtype, device: str) -> None:
+    """x, B and C are slices of one tensor, wider than the operands; nothing comes before the first position."""
+    wide = torch.promote_types(dtype, torch.float32)
+    mixed = noise(1, 19, 4 * 6 + 2 * 2 * 5, seed=1, dtype=dtype, device=device).to(wide)
+    x, B, C = mixed.split((24, 10, 10), dim=-1)
+    x, B, C = x.unflatten(-1, (4, 6)), B.unflatten(-1, (2, 5)), C.unflatten(-1, (2, 5))
+    _, dt, A, *_ = _scanned(dtype, device, 1, 19, 4, 6, 2, 5)
+    check(
+        lambda *inputs: run(*inputs, 10, operands=dtype),
+        lambda x, dt, A, B, C: ref.state_space_scan(x, dt, A, B, C, torch.zeros(1, 4, 6, 5, dtype=torch.float64)),
+        (x, dt.transpose(0, 1).contiguous().transpose(0, 1), A, B, C), dtype, slack=4,
+    )  # fmt: skip
+    for samples, positions in ((0, 19), (1, 0)):
+        shared = (B[:samples, :positions], C[:samples, :positions])
+        y, last = run(x[:samples, :positions], dt[:samples, :positions], A, *shared, 8)
+        assert y.shape == (samples, positions, 4, 6) and last.shape == (samples, 4, 6, 5)
+        assert y.dtype == last.dtype == wide and not last.any()
+
+
+@suite("state_space_scan", "strong_decay")
+def _state_space_scan_decay(run: Implementation, dtype: torch.dtype, device: str) -> None:
+    """exp(dt A) is 1e-9 and less: outputs and gradients are those of every position alone, without NaN or infinity."""
+    x, dt, A, B, C, first = _scanned(dtype, device, 1, 37, 4, 8, 2, 8)
+    dt, A = dt.clamp_min(0.05) * 500, A.clamp_max(-1.0)
+    first = first * 0
+    inputs = [t.requires_grad_() for t in (x, dt, A, B, C, first)]
+    y, last = run(*inputs[:5], 16, first)
+    upstream = noise(*y.shape, seed=7, dtype=torch.float32, device=device).to(y.dtype)
+    grads = torch.autograd.grad((y * upstream).sum() + last.sum(), inputs)
+    wide = [t.detach().double().cpu() for t in (x, dt, B, C, upstream)]
+    score = (wide[2] * wide[3]).sum(-1).repeat_interleave(2, dim=2)
+    close(y, (score * wide[1]).unsqueeze(-1) * wide[0], dtype)
+    along = score * (wide[0] * wide[4]).sum(-1)
+    close(grads[1][:, :-1], along[:, :-1], dtype)  # the last position also gives the last state
+    assert all(g.isfinite().all() for g in grads)
+
+
 @suite("l2_norm", "values")
 def _l2_norm(run: Implementation, dtype: torch.dtype, device: str) -> None:
     tensors = _lists(dtype, device, 1)

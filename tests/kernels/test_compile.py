@@ -13,7 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 import compile_kernels
 
-FAST = ("rms_norm", "float8_e4m3fn_quantize", "vocab_cross_entropy", "attention_64")
+FAST = (
+    "rms_norm",
+    "float8_e4m3fn_quantize",
+    "vocab_cross_entropy",
+    "attention_64",
+    "state_space_scan_64_128",
+)
+MATRIX_KERNELS = (
+    "attention_forward", "attention_query_grad", "attention_key_grad", "chunk_states", "chunk_products", "shared_grads",
+)  # fmt: skip
 
 
 def assert_within_limits(launches: dict[compile_kernels.Launch, None], capability: int) -> None:
@@ -26,9 +35,8 @@ def assert_within_limits(launches: dict[compile_kernels.Launch, None], capabilit
             f"sm_{capability} {launch.label()} spills {cost.stack_bytes} bytes"
         )
         assert cost.shared_bytes <= compile_kernels.SHARED_LIMIT[capability], launch.label()
-        if launch.name in ("attention_forward", "attention_query_grad", "attention_key_grad"):
-            halves = dict(launch.types)["q"] in ("*bf16", "*fp16")
-            assert not halves or cost.matrix_instructions, f"{launch.label()} does not use the matrix units"
+        if launch.name in MATRIX_KERNELS:
+            assert cost.matrix_instructions, f"{launch.label()} does not use the matrix units"
 
 
 @pytest.mark.parametrize("function", FAST)

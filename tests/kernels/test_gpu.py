@@ -63,6 +63,10 @@ def test_triton_attention_dropout(dtype: torch.dtype) -> None:
     triton_suite.test_attention_dropout(dtype)
 
 
+def test_a_mixer_with_the_scan_equals_one_without() -> None:
+    triton_suite.test_a_mixer_with_the_scan_equals_one_without()
+
+
 def test_rope_in_place() -> None:
     triton_suite.test_rope_in_place()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megatron.core.fusions.core_attention import AttentionSpec
 from megatron.core.kernels import registry
 from megatron.core.kernels.capability import Capabilities, pretend, probe, version_tuple
 from megatron.core.kernels.registry import Demand, Needs, Spec
+from megatron.core.ssm.state_space import ScanSpec
 
 LAPTOP = Capabilities(torch_version="2.13.0")
 H100 = Capabilities((9, 0), "H100", "2.13.0", {"triton": "3.9.0", "flash_attn": "2.7.4"})
@@ -80,6 +82,21 @@ def test_reasons_are_precise() -> None:
     assert flash.refusal(AttentionSpec("cpu", torch.bfloat16), H100) == (
         "needs tensors on a CUDA device, this run uses cpu"
     )
+
+
+def test_the_scan_is_chosen_by_type_and_sizes() -> None:
+    bf16 = ScanSpec("cuda", torch.bfloat16, width=64, state=128)
+    assert preferred("state_space_scan", bf16, H100) == "triton"
+    assert preferred("state_space_scan", replace(bf16, dtype=torch.float16), H100) == "triton"
+    for spec, machine, reason in (
+        (replace(bf16, device="cpu"), LAPTOP, "needs a CUDA device; needs triton>=3.0, not installed"),
+        (bf16, V100, "needs compute capability 8.0, this device has 7.0"),
+        (replace(bf16, dtype=torch.float32), H100, "takes fp16 or bf16 (add --bf16)"),
+        (replace(bf16, state=256), H100, "takes heads and states of up to 128 numbers, not 256"),
+    ):
+        assert preferred("state_space_scan", spec, machine) == "torch"
+        triton = next(e for e in registry.entries("state_space_scan") if e.name == "triton")
+        assert triton.refusal(spec, machine) == reason
 
 
 def test_a_met_demand_overrides_rank_and_allow_limits_preference() -> None:

@@ -51,6 +51,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": (_FUSIONS + "linear_cross_entropy", _TRITON),
     "linear_wgrad_accumulate": (_FUSIONS + "grad_accumulation",),
     "embedding_grad": (_FUSIONS + "embedding_grad", _TRITON),
+    "state_space_scan": ("megatron.core.ssm.state_space", _TRITON),
     "gpt_layer": ("megatron.core.models.gpt.gpt_layer_specs",),
     "fp8_quantize": ("megatron.core.fp8.quantize", _TRITON),
     "fp8_gemm": ("megatron.core.fp8.gemm",),

@@ -28,8 +28,9 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.errors import InvariantError
 from megatron.core.inference_params import InferenceParams
+from megatron.core.kernels import registry
 from megatron.core.ssm.sections import cut_sections, mixer_sizes
-from megatron.core.ssm.state_space import causal_conv, chunked_scan, scan_step
+from megatron.core.ssm.state_space import ScanSpec, causal_conv, scan_step
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, placement
 from megatron.core.tensor_parallel.placement import Placed, make_sharded_tensors_for_checkpoint
 from megatron.core.transformer.module import MegatronModule
@@ -147,6 +148,8 @@ class MambaMixer(MegatronModule):
         self.chunk_size = chunk_size
         self.use_mem_eff_path = use_mem_eff_path
         self.layer_number = layer_number
+        scans = ScanSpec(device.kind(), config.params_dtype, width=headdim, state=d_state)
+        self._scan = registry.select("state_space_scan", scans)
 
         self.in_proj = build_module(
             submodules.in_proj,
@@ -279,7 +282,9 @@ class MambaMixer(MegatronModule):
         z, mixed, dt = self._parts(projected)
         mixed = F.silu(causal_conv(mixed, self.conv1d.weight, self.conv1d.bias, before))
         x, B, C = self._heads(mixed)
-        y, state = chunked_scan(x, self._dt(dt), self._A(dt), B, C, self.chunk_size, state)
+        y, state = self._scan(
+            x, self._dt(dt), self._A(dt), B, C, self.chunk_size, state, operands=projected.dtype
+        )
         return self._gated(y + self._skip(x), z), state
 
     def _continue(self, projected: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:

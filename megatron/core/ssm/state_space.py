@@ -10,9 +10,22 @@ that share B and C, `n` numbers of the state.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from megatron.core.kernels.registry import Spec, register
+
+
+@dataclass(frozen=True)
+class ScanSpec(Spec):
+    """What the scans of one mixer will see: channels of a head, numbers of the state per channel."""
+
+    width: int = 64
+    state: int = 128
 
 
 def chunked_scan(
@@ -23,12 +36,14 @@ def chunked_scan(
     C: Tensor,
     chunk_size: int,
     initial_state: Tensor | None = None,
+    operands: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence over a whole sequence, in chunks of at most `chunk_size` positions (section 6 of the paper).
+    """Eager reference: the recurrence over a whole sequence, in chunks of up to `chunk_size` positions (section 6).
 
     x [b, s, np, hn], dt [b, s, np] (positive), A [np] (negative), B and C [b, s, ng, n], initial_state
     [b, np, hn, n] (default: zeros) -> y [b, s, np, hn] and the state behind the last position [b, np, hn, n], both in
-    fp32 (fp64 for such inputs), in which all is computed.
+    fp32 (fp64 for such inputs), in which all is computed. `operands` is the type that an implementation may round the
+    operands of its matrix products to, x, B and C among them; this one rounds nothing.
 
     Within a chunk, y is a masked matrix product like attention's; only one state per chunk is handed on. Beside its
     inputs this takes about 3 b s np (chunk_size) numbers for those products and 2 b np hn n (s / chunk_size) for the
@@ -37,6 +52,9 @@ def chunked_scan(
     wide = torch.promote_types(x.dtype, torch.float32)
     batch, length, heads, width = x.shape
     groups, state_size = B.shape[2:]
+    if not x.numel():
+        empty = x.new_zeros(batch, heads, width, state_size)
+        return x.to(wide), (empty if initial_state is None else initial_state).to(wide)
     chunks = -(-length // chunk_size)
     size = -(-length // chunks)  # chunks as equal as can be, so that little is padded
 
@@ -74,6 +92,11 @@ def chunked_scan(
     y = y + before * decay.exp().unsqueeze(-1)
     y = y.reshape(batch, chunks * size, heads, width)[:, :length]
     return y, state.reshape(batch, heads, width, state_size)
+
+
+@register("state_space_scan", "torch", rank=0)
+def _load() -> Any:
+    return chunked_scan
 
 
 def scan_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,15 @@ def _accepts_attention(spec: Any) -> str | None:
     return None if spec.dtype in HALF else "takes fp16 or bf16 (add --bf16)"
 
 
+def _accepts_scan(spec: Any) -> str | None:
+    # a use that does not tell its sizes has the usual ones
+    widest = max(getattr(spec, "width", 0), getattr(spec, "state", 0))
+    if widest > 128:
+        return f"takes heads and states of up to 128 numbers, not {widest}"
+    # as for attention: exact fp32 products spill registers
+    return None if spec.dtype in HALF else "takes fp16 or bf16 (add --bf16)"
+
+
 def _enter(op: str, file: str, function: str, rank: int, accepts: Accepts, needs: Needs = TRITON) -> None:
     def load() -> Callable[..., Any]:
         return getattr(importlib.import_module(f"{__name__}.{file}"), function)
@@ -66,4 +75,5 @@ for _op, (_file, _function, _rank) in KERNELS.items():
     _enter(_op, _file, _function, _rank, _floats_only)
 # below sdpa, which needs a dense mask for packed documents and windows and then declines
 _enter("core_attention", "attention", "attention", 9, _accepts_attention)
+_enter("state_space_scan", "state_space", "state_space_scan", 10, _accepts_scan)
 _enter("fp8_quantize", "fp8_quantize", "quantize", 10, _floats_only, FP8)
