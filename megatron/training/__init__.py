@@ -7,6 +7,8 @@ preprocessing and its worker processes) starts without torch and the training lo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import megatron.legacy.model  # noqa: F401  (as with v0.9, scripts need not import it themselves)
+
 if TYPE_CHECKING:
     from megatron.training.global_vars import (
         get_adlr_autoresume,

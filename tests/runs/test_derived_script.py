@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +13,7 @@ from megatron.core.errors import FlagError
 from tests.gang.harness import run_gang
 from tests.runs import pretraining
 
+ROOT = Path(__file__).parents[2]
 FLAGS = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --lr 1e-2 "
     "--micro-batch-size 2 --global-batch-size 8 --train-iters 2 --mock-data --tokenizer-type NullTokenizer "
@@ -54,6 +58,13 @@ def test_a_derived_script_trains_as_ours(world: int, more: str) -> None:
 def test_names_of_the_first_generation_are_found(address: str) -> None:
     module = importlib.import_module(address)
     assert all(hasattr(module, name) for name in NAMES[address].split())
+
+
+def test_the_first_models_are_named_after_importing_the_shell_alone() -> None:
+    """v0.9's T5 and server scripts write no more than `import megatron`; no tool waits for torch because of that."""
+    script = "import sys, megatron, megatron.training; print(megatron.legacy.model.T5Model, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "<class 'megatron.legacy.model.T5Model'> False\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["GPTModel", "BertModel", "T5Model"])
