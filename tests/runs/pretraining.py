@@ -140,6 +140,15 @@ class Difference:
         if not error <= getattr(self, what)[0]:
             setattr(self, what, (error, where))
 
+    def check(self, bounds: dict[str, float] | float, whose: str) -> None:
+        """Fail unless each difference is within its bound, and the zeros were counted alike."""
+        if not isinstance(bounds, dict):
+            bounds = dict.fromkeys(("gradient", "parameter", "token_loss", "norm"), bounds)
+        for what, bound in bounds.items():
+            error, where = getattr(self, what)
+            assert error <= bound, f"{whose}: {what} differs by {error:.2e} at {where}"
+        assert not self.zeros, f"{whose}: number of zeros at {self.zeros}"
+
 
 def compare(
     argv: list[str],

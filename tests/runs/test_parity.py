@@ -177,10 +177,7 @@ def test_layout_equals_one_process(case: str, precision: str) -> None:
     for rank, worst in enumerate(
         run_gang(ranks, compare, argv, expected, dtype=dtype, same_routes=same_routes)
     ):
-        for what, bound in bounds.items():
-            error, where = getattr(worst, what)
-            assert error <= bound, f"rank {rank}: {what} differs by {error:.2e} at {where}"
-        assert not worst.zeros, f"rank {rank}: number of zeros at {worst.zeros}"
+        worst.check(bounds, f"rank {rank}")
         rerouted = worst.rerouted
         assert rerouted.assignments <= REROUTED_SHARE * rerouted.of, f"rank {rank}: {rerouted}"
         assert rerouted.margin <= REROUTED_MARGIN, f"rank {rank}: {rerouted}"

@@ -67,12 +67,7 @@ def check(combination: Any) -> None:
         return
     bounds = dict(zip(("gradient", "token_loss", "parameter", "norm"), BOUNDS["fp64"]))
     for rank, worst in enumerate(results):
-        for what, bound in bounds.items():
-            error, where = getattr(worst, what)
-            assert error <= bound, (
-                f"rank {rank} of {ranks}: {what} differs by {error:.2e} at {where}: {model} {layout}"
-            )
-        assert not worst.zeros, f"rank {rank}: number of zeros at {worst.zeros}: {model} {layout}"
+        worst.check(bounds, f"{model} {layout}, rank {rank} of {ranks}")
 
 
 @pytest.mark.parametrize(
