@@ -29,7 +29,7 @@ from megatron.training.batch import get_batch_on_this_cp_rank, get_batch_on_this
 from megatron.training.cli import run_main
 from megatron.training.config import rules
 from megatron.training.datasets import build_splits, source_fields
-from megatron.training.losses import masked_token_loss
+from megatron.training.losses import masked_token_loss as loss_func
 from megatron.training.specs import named_spec
 from megatron.training.utils import print_rank_0
 
@@ -88,7 +88,7 @@ def forward_step(
     timers("batch-generator").stop()
     with stragglers:
         output = model(tokens, position_ids, attention_mask, labels=labels)
-    return output, partial(masked_token_loss, loss_mask)
+    return output, partial(loss_func, loss_mask)
 
 
 def stage_reads_data() -> bool:
@@ -102,10 +102,9 @@ def is_dataset_built_on_rank() -> bool:
     return stage_reads_data() and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
-def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, int, int]) -> list[Any]:
-    """Train, validation and test datasets with at least these many samples."""
-    args = get_args()
-    config = GPTDatasetConfig(
+def core_gpt_dataset_config_from_args(args: Namespace) -> GPTDatasetConfig:
+    """Where samples come from, and how documents are cut into them."""
+    return GPTDatasetConfig(
         sequence_length=args.seq_length,
         **source_fields(args, get_tokenizer()),
         reset_position_ids=args.reset_position_ids,
@@ -115,6 +114,12 @@ def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, in
         create_attention_mask=makes_attention_mask(args) and args.create_attention_mask_in_dataloader,
         s3_cache_path=args.s3_cache_path,
     )
+
+
+def train_valid_test_datasets_provider(train_val_test_num_samples: tuple[int, int, int]) -> list[Any]:
+    """Train, validation and test datasets with at least these many samples."""
+    args = get_args()
+    config = core_gpt_dataset_config_from_args(args)
     dataset = MockGPTDataset if args.mock_data else GPTDataset
     return build_splits("GPT", dataset, train_val_test_num_samples, is_dataset_built_on_rank, config)
 
