@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -46,6 +47,8 @@ from megatron.core.fusions import (
 from megatron.core.fusions.core_attention import AttentionSpec
 from megatron.core.kernels import capability, registry
 from megatron.core.kernels.registry import Spec
+from megatron.core.ssm import state_space
+from megatron.core.ssm.state_space import ScanSpec
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,12 @@ def build(shape: Shape, dtype: torch.dtype, where: str) -> list[Case]:
     main_grad = torch.zeros(f, h, device=where)
     flat_x, flat_g = t(s * b, h).detach(), t(s * b, f).detach()
     table = torch.zeros(v, h, device=where)
+    # A Mamba-2 layer of this width: heads of 64 channels, states of 128 numbers per channel.
+    heads = 2 * h // 64
+    groups = math.gcd(heads, 8)
+    scanned, written, read = t(b, s, heads, 64), t(b, s, groups, 128), t(b, s, groups, 128)
+    steps = torch.rand(b, s, heads, device=where).mul_(0.1).requires_grad_()
+    rates = torch.rand(heads, device=where).mul_(-16).requires_grad_()
 
     def attend(drop: float) -> Callable[[Callable[..., Any]], Any]:
         return lambda run: run(q, k, value, causal=True, scale=hn**-0.5, dropout_p=drop)
@@ -138,6 +147,10 @@ def build(shape: Shape, dtype: torch.dtype, where: str) -> list[Case]:
         Case(
             "linear_wgrad_accumulate", "", spec, grad_accumulation.linear_wgrad_accumulate_eager,
             lambda r: r(flat_x, flat_g, main_grad), [],
+        ),
+        Case(
+            "state_space_scan", "", ScanSpec(where, dtype, width=64, state=128), state_space.chunked_scan,
+            lambda r: r(scanned, steps, rates, written, read, 128)[0], [scanned, steps, rates, written, read],
         ),
         Case("embedding_grad", "", spec, embedding_grad.embedding_grad, lambda r: r(target, flat_x, table), []),
     ]  # fmt: skip

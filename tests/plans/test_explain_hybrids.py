@@ -140,6 +140,16 @@ def test_scans_of_one_layer_at_a_time_come_to_life() -> None:
     assert many.memory[0].activations - few.memory[0].activations == pytest.approx(2 * each)
 
 
+def test_fused_scans_move_less() -> None:
+    """On a GPU in bf16; what is recomputed is also smaller by the [l, l] matrices of a chunk, which dominate it."""
+    layers = [of(line(PUBLISHED) + f"--bf16 --device {name}").works[0][0].all() for name in ("cpu", "h100")]
+    plain, fused = ({work for work, _ in layer if work.name == "scan"}.pop() for layer in layers)
+    assert 1.5 < plain.moved / fused.moved < 1.8 and 1.4 < plain.moved_back / fused.moved_back < 1.7
+    assert fused.operand_bytes == 2 and plain.operand_bytes == 4
+    pairs = 2 * 4096 * 128 * 128 * 4  # decays and weights between positions of a chunk
+    assert plain.kept - fused.kept > pairs
+
+
 def test_single_precision_products_take_longer_on_a_gpu() -> None:
     """The matrix units of an H100 do fifteen times as many half-precision products as its fp32 units."""
     wide, narrow = (of(line(PUBLISHED.replace("--bf16", flag)) + "--device h100") for flag in ("", "--bf16"))
@@ -223,8 +233,11 @@ def test_report_on_1024_ranks() -> None:
         ">   layers: 24 Mamba, 4 attention, 28 MLP",
         ">   on each rank of stage 3: 336,043,808, M-M*-M--M-M-M-",
         "> model FLOPs per step: 1.964e+17",
-        ">   scans of Mamba layers: 57% of the work of a micro-batch (plain PyTorch",
+        ">   state_space_scan (bfloat16): triton",
+        ">   scans of Mamba layers: 39% of the work of a micro-batch (Triton kernels, between them plain PyTorch",
     ):
         assert part in text, part
     assert "transformer_engine" not in text and "Transformer Engine" not in text
+    text = text_of(line(SMALL))
+    assert ">   state_space_scan (float32): torch" in text and "(plain PyTorch; counted" in text
     assert "scans" not in text_of(line(SMALL.replace("M*-M", "*-*-")))

@@ -129,8 +129,9 @@ def time(e: Explanation) -> list[str]:
     ]
     scans = steptime.share_of(mamba.SCAN, e.workload, e.profile, e.works)
     if scans:
+        by = "Triton kernels, between them plain PyTorch" if e.workload.fused_scan else "plain PyTorch"
         result.append(
-            f">   scans of Mamba layers: {100 * scans:.0f}% of the work of a micro-batch (plain PyTorch; counted by their "
+            f">   scans of Mamba layers: {100 * scans:.0f}% of the work of a micro-batch ({by}; counted by their "
             "passes over memory, not measured on a GPU)"
         )
     return result

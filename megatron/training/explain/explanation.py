@@ -102,7 +102,8 @@ def explain(words: Sequence[str]) -> Explanation:
     profile = hardware.load(command.profile) if command.profile else hardware.PROFILES[command.device]
     stages, choices = parameters.build(args, command.script, reading.machine)
     kind = attention_kind(choices, args)
-    numbers = workload(args, stages, command.script, kind, not reading.machine.has_cuda)
+    fused_scan = any(choice.op == "state_space_scan" and choice.chosen == "triton" for choice in choices)
+    numbers = workload(args, stages, command.script, kind, fused_scan, not reading.machine.has_cuda)
     return _assemble(reading, choices, stages, numbers, profile)
 
 

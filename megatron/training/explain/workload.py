@@ -65,6 +65,7 @@ class Workload:
     distribute_saved: bool
     fp8_wgrad: bool
     fp8_weights: bool
+    fused_scan: bool
 
     def weight_bytes(self, param: Parameter) -> int:
         """What an element of a parameter takes, in memory and on the wire."""
@@ -105,7 +106,9 @@ class Workload:
         return self.tokens * self.replicated * self.hidden * self.residual_bytes
 
 
-def workload(args: Namespace, stages: Stages, script: str, attention: str, on_cpu: bool) -> Workload:
+def workload(
+    args: Namespace, stages: Stages, script: str, attention: str, fused_scan: bool, on_cpu: bool
+) -> Workload:
     """Read the numbers off finished arguments."""
     half = args.fp16 or args.bf16
     in_fp32 = args.accumulate_allreduce_grads_in_fp32 or not half
@@ -157,4 +160,5 @@ def workload(args: Namespace, stages: Stages, script: str, attention: str, on_cp
         distribute_saved=args.distribute_saved_activations,
         fp8_wgrad=args.fp8_wgrad,
         fp8_weights=args.fp8_param_gather,
+        fused_scan=fused_scan,
     )
