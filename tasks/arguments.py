@@ -84,9 +84,9 @@ def check_task(args: Namespace) -> None:
     if args.task in FINETUNED:
         rules.check(args, rules.BERT)
         if args.epochs:
-            # The epochs give the length of training, and --train-data what to train on.
-            own = (loop.training_has_a_length, loop.data_given)
-            rules.check(args, [*(r for r in rules.TRAINING if r.holds not in own), *FINETUNING])
+            # The epochs give the length of training.
+            length = loop.training_has_a_length
+            rules.check(args, [*(r for r in rules.TRAINING if r.holds is not length), *FINETUNING])
     declared = [*all_flags(), *flags_of(TasksConfig)]
     args.notices += rules.unread_flags(args, args.task, _UNREAD[args.task], declared)
 

@@ -121,7 +121,8 @@ def pretrain(
 
     The caller's four functions: datasets for (train, valid, test) sample counts; the model of one pipeline stage; one
     forward step (its contract: spec training, section 14); optionally what to do with non-loss outputs of evaluation.
-    `model_name` is what `rules.UNREAD` calls the model, whose user is told of typed flags that do not reach it.
+    `model_name` is what `rules.UNREAD` calls the model of an entry script of this project: its user is told of typed flags
+    that do not reach it, and must say where the samples are. Other programs may have samples of their own.
     """
     ctx = initialize_megatron(
         extra_args_provider=extra_args_provider,
@@ -132,6 +133,8 @@ def pretrain(
     )
     args, timers = ctx.args, ctx.timers
     args.notices += rules.unread_by(model_name, args)
+    if model_name is not None:
+        rules.check(args, rules.FROM_FILES)
     if args.log_progress:
         append_to_progress_log("Starting job", ctx=ctx)
     start_time = _earliest_start()

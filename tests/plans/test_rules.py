@@ -20,7 +20,9 @@ BASE = (
     "--micro-batch-size 2 --train-iters 10 --lr 1e-3 --mock-data"
 )
 CORE_RULES = [*model_parallel_config.RULES, *transformer_config.SHAPE_RULES, *transformer_config.RULES]
-ALL_RULES = list(dict.fromkeys([*rules.GIVEN, *rules.DERIVED, *rules.TRAINING, *CORE_RULES]))
+ALL_RULES = list(
+    dict.fromkeys([*rules.GIVEN, *rules.DERIVED, *rules.TRAINING, *rules.FROM_FILES, *CORE_RULES])
+)
 MACHINES = {
     "cpu": capability.Capabilities(),
     "cuda": capability.Capabilities(compute=(7, 0), device_name="V100", torch_version="2.13.0"),
@@ -93,6 +95,7 @@ def resolve(argv: list[str]) -> None:
     args = arguments.parse_args(argv=argv)
     arguments.validate_args(args, {"tokenizer_type": "NullTokenizer"})
     arguments.validate_for_training(args)
+    rules.check(args, rules.FROM_FILES)
     build.configs(args)
 
 

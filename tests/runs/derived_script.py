@@ -88,8 +88,30 @@ def is_dataset_built_on_rank() -> bool:
     return ends and mpu.get_tensor_model_parallel_rank() == 0
 
 
+class OwnSamples(torch.utils.data.Dataset):
+    """Samples that come from no file of ours."""
+
+    def __init__(self, count: int, length: int) -> None:
+        self.count, self.length = count, length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        tokens = torch.arange(index, index + self.length + 1) % 100
+        return {
+            "tokens": tokens[:-1],
+            "labels": tokens[1:],
+            "loss_mask": torch.ones(self.length),
+            "position_ids": torch.arange(self.length),
+            "attention_mask": torch.ones(1, self.length, self.length).triu(1) > 0,
+        }
+
+
 def train_valid_test_datasets_provider(samples: list[int]) -> list[Any]:
     args = get_args()
+    if not (args.mock_data or args.data_path):
+        return [OwnSamples(count, args.seq_length) for count in samples]
     paths = (args.train_data_path, args.valid_data_path, args.test_data_path)
     config = GPTDatasetConfig(
         random_seed=args.seed,

@@ -60,6 +60,22 @@ def test_a_derived_script_trains_as_ours(world: int, more: str) -> None:
     assert len(ours) == 2 and steps(world, words, "tests.runs.derived_script") == ours
 
 
+def refusal(words: list[str]) -> str:
+    """Body: why our own script does not start."""
+    with pytest.raises(FlagError) as raised:
+        pretraining.run_script(words)
+    return str(raised.value)
+
+
+def test_samples_may_be_a_programs_own() -> None:
+    """v0.9 accepts a command line that names no data, and leaves them to the program's provider."""
+    words = FLAGS.replace("--mock-data ", "").split()
+    own = steps(1, words, "tests.runs.derived_script")
+    assert len(own) == 2 and own[1][0] < own[0][0]
+    (said,) = run_gang(1, refusal, words)
+    assert "--mock-data, --data-path: there is nothing to train on" in said
+
+
 @pytest.mark.parametrize("address", NAMES)
 def test_names_that_programs_import_are_found(address: str) -> None:
     module = importlib.import_module(address)

@@ -101,6 +101,8 @@ def explain(words: Sequence[str]) -> Explanation:
     command, args = reading.command, reading.args
     profile = hardware.load(command.profile) if command.profile else hardware.PROFILES[command.device]
     stages, choices = parameters.build(args, command.script, reading.machine)
+    # Without an order of the micro batches there is no step to explain; what else stops a command is only said.
+    rules.check(args, [rule for rule in rules.TRAINING if rule.holds is loop.interleaved_micro_batches_group])
     kind = attention_kind(choices, args)
     fused_scan = any(choice.op == "state_space_scan" and choice.chosen == "triton" for choice in choices)
     numbers = workload(args, stages, command.script, kind, fused_scan, not reading.machine.has_cuda)
@@ -166,10 +168,9 @@ def arguments(command: Command, machine: Capabilities) -> tuple[Namespace, list[
     args.notices += rules.unread_by(_MODELS[command.script], args)
     # Which is read here, whatever the tokenizer, where its files are missing.
     args.args_given = [name for name in args.args_given if name != "vocab_size"]
-    # Without an order of the micro batches there is no step to explain; what else stops the command is only said.
-    rules.check(args, [rule for rule in rules.TRAINING if rule.holds is loop.interleaved_micro_batches_group])
     try:
         validate_for_training(args)
+        rules.check(args, rules.FROM_FILES)
     except FlagError as error:
         remarks.append(f"this command will not start: {error}")
     build.configs(args)

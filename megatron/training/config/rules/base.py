@@ -18,6 +18,8 @@ GIVEN: list[Rule] = []
 DERIVED: list[Rule] = []
 #: Checked on the finished arguments of commands that train.
 TRAINING: list[Rule] = []
+#: Checked on the finished arguments of this project's own entry scripts, whose samples come from files.
+FROM_FILES: list[Rule] = []
 #: Checked on the finished arguments when the layers of a model that is no encoder-decoder are divided.
 ONE_STACK: list[Rule] = []
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.flags import rule
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
-from megatron.training.config.rules.base import TRAINING
+from megatron.training.config.rules.base import FROM_FILES, TRAINING
 from megatron.training.config.rules.layout import layer_stages, stack_depth
 from megatron.training.config.rules.run import data_sources
 
@@ -195,7 +195,7 @@ def interleaved_micro_batches_group_on_the_way(args: Any) -> bool:
     return all(in_whole_groups(args, batch) for batch in batches_on_the_way(args))
 
 
-@rule(TRAINING, "--mock-data", "--data-path", bad="-mock-data", why="there is nothing to train on",
+@rule(FROM_FILES, "--mock-data", "--data-path", bad="-mock-data", why="there is nothing to train on",
       fix="give a dataset's prefix as --data-path, or try things out with --mock-data")
 def data_given(args: Any) -> bool:
     return data_sources(args) == 1 or args.dataloader_type == "external"
