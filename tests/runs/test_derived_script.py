@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron.core.errors import FlagError
+from megatron.core.models.gpt.gpt_layer_specs import _get_mlp_module_spec
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from tests.gang.harness import run_gang
 from tests.runs import pretraining
 
@@ -94,6 +98,16 @@ def test_models_of_the_first_generation_are_refused_by_name(name: str) -> None:
     model = getattr(importlib.import_module("megatron.legacy.model"), name)
     with pytest.raises(FlagError, match=f"--use-legacy-models.*{name}"):
         model(None, num_tokentypes=0, parallel_output=True)
+
+
+@pytest.mark.parametrize("use_te", [False, True])
+def test_layers_of_ones_own_take_our_mlps(use_te: bool) -> None:
+    """By position or name; where no Transformer Engine can run, both are of this library's modules."""
+    dense = _get_mlp_module_spec(use_te)
+    assert dense.module is MLP and dense.submodules.linear_fc1 is ColumnParallelLinear
+    experts = _get_mlp_module_spec(use_te=use_te, num_experts=4, moe_grouped_gemm=False, fp8=None)
+    assert experts.module is MoELayer and experts.submodules.linear_fc2 is RowParallelLinear
+    assert _get_mlp_module_spec(use_te, 4, True).submodules is None
 
 
 def test_modules_are_those_of_today() -> None:

@@ -93,3 +93,14 @@ def _mlp_spec(num_experts: int | None, moe_grouped_gemm: bool) -> ModuleSpec:
     if num_experts is None:
         return ModuleSpec(module=MLP, submodules=dense)
     return ModuleSpec(module=MoELayer, submodules=None if moe_grouped_gemm else dense)
+
+
+def _get_mlp_module_spec(
+    use_te: bool | None = True,
+    num_experts: int | None = None,
+    moe_grouped_gemm: bool = False,
+    fp8: str | None = None,
+) -> ModuleSpec:
+    """The MLP of a GPT layer; layer specs of users' own ask for it by v0.9's name. `fp8` is the configuration's matter."""
+    layer = get_gpt_layer_with_transformer_engine_spec if use_te else get_gpt_layer_local_spec
+    return layer(num_experts, moe_grouped_gemm).submodules.mlp
