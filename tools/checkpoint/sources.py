@@ -165,7 +165,7 @@ class TorchSource:
 def _experts(ranks: list[dict[str, Any]], name: str, saved: Namespace) -> torch.Tensor | None:
     """The experts' copies of a tensor, over expert-parallel ranks, as [experts, out, in]."""
     prefix, leaf = name.split(".mlp.")
-    local = (saved.num_experts or 0) // len(ranks)
+    local = (getattr(saved, "num_experts", None) or 0) // len(ranks)
     found = [expert_tensors(weights, f"{prefix}.mlp.experts.", leaf, local)[1] for weights in ranks]
     return torch.stack([*chain.from_iterable(found)]) if all(found) else None
 
