@@ -10,7 +10,10 @@ import torch
 import torch.distributed as dist
 
 from megatron.core import device, parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.num_microbatches_calculator import (
+    get_current_running_global_batch_size,
+    get_num_microbatches,
+)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.context import TrainContext
@@ -43,6 +46,8 @@ def evaluate(
     num_microbatches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     totals: dict[str, list[Any]] = {}
     position_after = args.consumed_valid_samples + args.eval_iters * args.global_batch_size
+    if process_non_loss_data_func is not None:
+        position_after += get_current_running_global_batch_size()
     saved_timers, config.timers = config.timers, None
     try:
         with torch.no_grad():
@@ -60,7 +65,8 @@ def evaluate(
                     args.consumed_valid_samples = position_after
                     return None, None, True
             collected = None
-            if process_non_loss_data_func is not None and is_last_rank():
+            if process_non_loss_data_func is not None:
+                # On all ranks: the last one alone would wait for the other parts of its model, as v0.9's does.
                 collected = _forward(
                     forward_step_func,
                     data_iterator,
@@ -69,6 +75,7 @@ def evaluate(
                     ctx,
                     collect_non_loss_data=True,
                 )
+                args.consumed_valid_samples = position_after
     finally:
         config.timers = saved_timers
         for chunk in model:

@@ -27,6 +27,8 @@ from megatron.training.utils import get_batch_on_this_cp_rank, get_batch_on_this
 from megatron.training.yaml_arguments import core_transformer_config_from_yaml
 
 stimer = StragglerDetector()
+#: What is done with (losses per token [b, s] of each micro-batch, iteration, TensorBoard's writer) after an evaluation.
+process_collected: Any = None
 
 
 def model_provider(
@@ -55,8 +57,10 @@ def model_provider(
     )
 
 
-def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+def loss_func(loss_mask: Tensor, output: Tensor, non_loss_data: bool = False) -> Any:
     args = get_args()
+    if non_loss_data:
+        return output.detach().clone()
     mask = loss_mask.view(-1).float()
     sums = torch.stack([(output.float().view(-1) * mask).sum(), mask.sum()])
     if args.context_parallel_size > 1:
@@ -111,7 +115,7 @@ class OwnSamples(torch.utils.data.Dataset):
 def train_valid_test_datasets_provider(samples: list[int]) -> list[Any]:
     args = get_args()
     if not (args.mock_data or args.data_path):
-        return [OwnSamples(count, args.seq_length) for count in samples]
+        return [OwnSamples(4 * count, args.seq_length) for count in samples]
     paths = (args.train_data_path, args.valid_data_path, args.test_data_path)
     config = GPTDatasetConfig(
         random_seed=args.seed,
@@ -139,5 +143,6 @@ def run() -> None:
         model_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        process_non_loss_data_func=process_collected,
         args_defaults={"tokenizer_type": "GPT2BPETokenizer"},
     )
