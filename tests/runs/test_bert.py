@@ -99,6 +99,7 @@ def test_layout_equals_one_process(case: str, cache: str) -> None:
     check(case, cache, torch.float64, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_SINGLE_PRECISION)
 def test_layout_equals_one_process_in_single_precision(case: str, cache: str) -> None:
     check(case, cache, None, 2e-6)

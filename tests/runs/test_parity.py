@@ -150,13 +150,15 @@ BF16_REORDERS_NOTHING = ("pp", "dp2", "recompute full", "llama pp2")
 #: compared with the routes of the one process, to the bounds of all (measured: 2.7e-2, 8.7e-4, 5.1e-3, 4.6e-4), and the
 #: routes a layout would have taken apart: 0.23% of them are others, with logits at most 1.3% of the largest apart.
 REROUTED_SHARE, REROUTED_MARGIN = 0.005, 0.02
-#: Cases before this one run in every precision, the others in fp64 and, when there is time, in the others.
-FIRST_WITH_TIME = list(CASES).index("two groups tp4")
+#: These run in every precision, the others in fp64 and, when there is time, in the others.
+IN_EVERY_PRECISION = (
+    "tp2+sp", "pp2 x vpp2", "cp2", "dp2 + distopt + overlap", "tp2 x pp2 x dp2", "llama tp2+sp x pp2",
+)  # fmt: skip
 
 
 def when(case: str, precision: str) -> list[pytest.MarkDecorator]:
-    later = list(CASES).index(case) >= FIRST_WITH_TIME and precision != "fp64"
-    return [pytest.mark.slow] if later else []
+    now = case in IN_EVERY_PRECISION or precision == "fp64"
+    return [] if now else [pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
