@@ -91,7 +91,6 @@ def test_layout_equals_one_process(case: str) -> None:
 
 
 @slow
-@pytest.mark.slow
 @pytest.mark.parametrize("case", IN_SINGLE_PRECISION)
 def test_layout_equals_one_process_in_single_precision(case: str) -> None:
     """Measured: 1.7e-5 at most, of A_log, whose gradient is a difference of sums over the sequence."""
